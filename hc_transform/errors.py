@@ -1,0 +1,31 @@
+"""The errors of the package. Each says what happened, where, and what to do next."""
+
+from __future__ import annotations
+
+
+class HCTransformError(Exception):
+    """Base class of every error that hc_transform raises on purpose."""
+
+
+class TraceError(HCTransformError):
+    """The model, or the inputs given with it, could not be traced into a graph."""
+
+
+class DecisionChanged(TraceError):
+    """A call would decide something otherwise than the trace it is about to run on."""
+
+
+class NothingToConvert(HCTransformError):
+    """The model holds no residual add that could be converted."""
+
+
+class NotEquivalent(HCTransformError):
+    """The converted model does not compute what the original computes."""
+
+
+class UnsupportedModel(HCTransformError):
+    """The model is of a kind that is not converted, for the reason in the message."""
+
+
+class PatternError(HCTransformError, ValueError):
+    """A pattern in ``include`` or ``exclude`` matches no residual."""

@@ -1,0 +1,142 @@
+"""The arithmetic of streams: expand, read, write, readout, and operations carried by each stream.
+
+A trunk value x becomes a Python tuple of n tensors of x's shape and dtype. There is no stream
+axis, so any layout works and Inductor fuses each function below into few kernels. With h_pre[i],
+h_post[i] and h_res[i][j] (Hyper-Connections, arXiv 2409.19606, eq. 1 to 5):
+
+    branch input = sum_i h_pre[i] X[i]
+    X'[i]        = sum_j h_res[i][j] X[j] + h_post[i] y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Streams = tuple[Tensor, ...]
+
+
+class Coefficients(NamedTuple):
+    """The weights of one connection, each entry broadcastable against a stream.
+
+    ``h_res[i][j]`` weighs source stream j into target stream i.
+    """
+
+    h_pre: tuple[Tensor, ...]
+    h_post: tuple[Tensor, ...]
+    h_res: tuple[tuple[Tensor, ...], ...]
+
+
+def expand(x: Tensor, num_streams: int) -> Streams:
+    """Return ``num_streams`` streams, all equal to ``x``.
+
+    >>> len(expand(torch.ones(2, 3), 4))
+    4
+    """
+    return (x,) * num_streams
+
+
+def read(streams: Sequence[Tensor], coefficients: Coefficients) -> Tensor:
+    """Return the branch input ``sum_i h_pre[i] X[i]``, of a stream's shape and dtype."""
+    return _weighted_sum(coefficients.h_pre, streams, streams[0].dtype)
+
+
+def write(streams: Sequence[Tensor], branch: Tensor, coefficients: Coefficients) -> Streams:
+    """Return the streams after one branch, ``X'[i] = sum_j h_res[i][j] X[j] + h_post[i] y``.
+
+    The dtype is that of ``stream + branch``, as in the residual add this replaces.
+    """
+    dtype = torch.promote_types(streams[0].dtype, branch.dtype)
+    return tuple(
+        _weighted_sum((*row, post), (*streams, branch), dtype)
+        for row, post in zip(coefficients.h_res, coefficients.h_post, strict=True)
+    )
+
+
+def readout(streams: Sequence[Tensor], mode: str = "mean") -> Tensor:
+    """Return one value for all streams: their mean, or their sum (``mode="sum"``).
+
+    >>> readout(expand(torch.full((2,), 3.0), 4)).tolist()
+    [3.0, 3.0]
+    """
+    total = _upcast(streams[0])
+    for stream in streams[1:]:
+        total = total + stream
+    if mode == "mean":
+        total = total / len(streams)
+    return total.to(streams[0].dtype)
+
+
+def carry(
+    op: Callable[..., Tensor] | str,
+    streams: Sequence[Tensor],
+    *args: Any,
+    position: int = 0,
+    **kwargs: Any,
+) -> Streams:
+    """Apply ``op`` to every stream; a string names a tensor method.
+
+    ``position`` is where the stream stands among ``op``'s positional arguments.
+
+    >>> [s.shape for s in carry("reshape", expand(torch.ones(2, 3), 2), 3, 2)]
+    [torch.Size([3, 2]), torch.Size([3, 2])]
+    """
+    return tuple(_apply(op, stream, args, position, kwargs) for stream in streams)
+
+
+def carry_on_copies(
+    op: Callable[..., Tensor] | str,
+    streams: Sequence[Tensor],
+    *args: Any,
+    position: int = 0,
+    **kwargs: Any,
+) -> Streams:
+    """Apply an in-place ``op`` to a copy of every stream: fresh streams are one and the same tensor."""
+    return carry(op, [stream.clone() for stream in streams], *args, position=position, **kwargs)
+
+
+def carry_random(
+    op: Callable[..., Tensor] | str,
+    streams: Sequence[Tensor],
+    *args: Any,
+    position: int = 0,
+    **kwargs: Any,
+) -> Streams:
+    """Apply a random scaling ``op`` (dropout, stochastic depth) with one draw for all streams.
+
+    Such an operation multiplies its input by a random mask, so the mask is what it makes of
+    ones. It takes as much from the random generator as one call of ``op`` does.
+    """
+    mask = _apply(op, torch.ones_like(streams[0]), args, position, kwargs)
+    return tuple(stream * mask for stream in streams)
+
+
+def carry_folded(op: Callable[[Tensor], Tensor], streams: Sequence[Tensor]) -> Streams:
+    """Apply ``op`` once, the streams folded into the batch axis.
+
+    Batch norm sees all streams as one batch and updates its running statistics once.
+    """
+    return op(torch.cat(tuple(streams))).chunk(len(streams))
+
+
+def _apply(
+    op: Callable[..., Tensor] | str, x: Tensor, args: tuple[Any, ...], position: int, kwargs: dict[str, Any]
+) -> Tensor:
+    if isinstance(op, str):
+        return getattr(x, op)(*args, **kwargs)
+    return op(*args[:position], x, *args[position:], **kwargs)
+
+
+def _weighted_sum(weights: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Return ``sum_k weights[k] * values[k]`` in ``dtype``, accumulated in at least fp32."""
+    total = weights[0] * _upcast(values[0])
+    for weight, value in zip(weights[1:], values[1:], strict=True):
+        total = total + weight * _upcast(value)
+    return total.to(dtype)
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
