@@ -1,0 +1,132 @@
+"""Proxies that carry the value they stand for, and answer Python's questions by it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from . import guards
+
+if TYPE_CHECKING:
+    from .tracer import ValueTracer
+
+
+class Unknown:
+    """Marks a proxy without a value: the model is traced without example inputs."""
+
+    def __repr__(self) -> str:
+        return "unknown"
+
+
+UNKNOWN = Unknown()
+
+
+def set_item(x: Any, index: Any, value: Any) -> Any:
+    """Assign ``x[index] = value`` and return ``x``, so that a graph sees where ``x`` comes from."""
+    x[index] = value
+    return x
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy that knows its example value.
+
+    Whatever Python code decides on it (truth, length, an integer) is answered by the value and
+    recorded in the graph as a check.
+    """
+
+    tracer: ValueTracer
+
+    def __init__(self, node: fx.Node, tracer: ValueTracer, value: Any) -> None:
+        super().__init__(node, tracer)
+        self.hc_value = value
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") and name.endswith("__") or name == "hc_value":
+            raise AttributeError(name)
+        if self.hc_value is UNKNOWN:
+            return super().__getattr__(name)
+        attribute = self.tracer.look_at(self.hc_value, name)  # AttributeError as without tracing
+        if callable(attribute) and not isinstance(attribute, torch.nn.Module):
+            return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
+        return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __getitem__(self, index: Any) -> Any:
+        value = self.hc_value
+        if isinstance(value, (tuple, list)) and isinstance(index, slice):
+            items = [self[i] for i in range(*index.indices(len(value)))]
+            self._decided(guards.check_len, len(value))
+            return items if isinstance(value, list) else tuple(items)
+        return self.tracer.create_proxy("call_function", operator.getitem, (self, index), {})
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", set_item, (self, index, value), {})
+
+    def __bool__(self) -> bool:
+        if self.hc_value is UNKNOWN:
+            return super().__bool__()
+        if isinstance(self.hc_value, torch.Tensor):
+            self.tracer.refuse_in_submodule("its code decides on the values of a tensor")
+        answer = bool(self.hc_value)
+        self._decided(guards.check_true if answer else guards.check_false)
+        return answer
+
+    def __len__(self) -> int:
+        if self.hc_value is UNKNOWN:
+            return super().__len__()
+        length = len(self.hc_value)
+        self._decided(guards.check_len, length)
+        return length
+
+    def __iter__(self) -> Iterator[Any]:
+        if self.hc_value is UNKNOWN:
+            return super().__iter__()
+        if isinstance(self.hc_value, dict):
+            return iter(list(self.hc_value))
+        return iter([self[i] for i in range(len(self))])
+
+    def keys(self) -> Any:
+        """Return the keys of a mapping, for ``**proxy``; any other value's own method."""
+        if isinstance(self.hc_value, dict):
+            return list(self.hc_value)
+        return self.__getattr__("keys")()
+
+    def __contains__(self, item: Any) -> bool:
+        contained = self.tracer.create_proxy("call_function", operator.contains, (self, item), {})
+        return bool(contained)
+
+    def __index__(self) -> int:
+        return self._exactly(operator.index)
+
+    def __int__(self) -> int:
+        return self._exactly(int)
+
+    def __float__(self) -> float:
+        return self._exactly(float)
+
+    def __hash__(self) -> int:
+        if isinstance(self.hc_value, (bool, int, float, str, torch.dtype, torch.device)):
+            return self._exactly(hash)
+        return id(self)
+
+    def __str__(self) -> str:
+        return str(self.node.name if self.hc_value is UNKNOWN else self.hc_value)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.node.name if self.hc_value is UNKNOWN else self.hc_value, spec)
+
+    def _exactly(self, convert: Any) -> Any:
+        if self.hc_value is UNKNOWN:
+            raise fx.proxy.TraceError(
+                "the code needs a number that depends on the input; give example inputs with args="
+            )
+        if isinstance(self.hc_value, torch.Tensor):
+            self.tracer.refuse_in_submodule("its code needs the values of a tensor as Python numbers")
+        self._decided(guards.check_equal, self.hc_value)
+        return convert(self.hc_value)
+
+    def _decided(self, check: Any, *expected: Any) -> None:
+        self.tracer.record_decision(self, check, *expected)

@@ -1,0 +1,286 @@
+"""From a model to a graph that shows its residual adds and keeps everything else in leaf modules."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import logging
+import operator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .errors import TraceError, UnsupportedModel
+from .guards import CHECKS
+from .proxy import UNKNOWN
+from .structure import clone_structure, copy_inputs, state_restored
+from .tracer import SHAPE_ATTRIBUTES, SHAPE_METHODS, CannotInline, ValueTracer
+
+log = logging.getLogger("hc_transform")
+
+ADD_NAMES = frozenset({"add", "add_", "sum", "__add__", "iadd", "__iadd__", "addcmul", "lerp"})
+ADD_OPERATORS = frozenset({"+", "+="})
+INLINED_FROM_TORCH = ("torch.nn.modules.container", "torch.nn.modules.transformer")
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One traced forward.
+
+    Attributes:
+        graph_module: the graph, over a structural copy of the model.
+        inlined: paths of the modules whose code is in the graph.
+        opaque: modules that may hold residual adds and stayed leaves, with the reason.
+        reads_training: whether the graph reads a ``training`` flag.
+        has_values: whether example inputs were given.
+    """
+
+    graph_module: fx.GraphModule
+    inlined: frozenset[str]
+    opaque: Mapping[str, str] = field(default_factory=dict)
+    reads_training: bool = False
+    has_values: bool = True
+
+
+def bind_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the value of each forward parameter that ``args`` and ``kwargs`` give.
+
+    Raises:
+        TraceError: they do not fit the signature of ``model.forward``.
+    """
+    signature = inspect.signature(model.forward)
+    try:
+        return dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise TraceError(
+            f"the example inputs do not fit {type(model).__name__}.forward{signature}: {error}. "
+            "Give args= and kwargs= as you would call the model."
+        ) from None
+
+
+def trace(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None,
+    *,
+    inline: frozenset[str] | None = None,
+    wrap_functions: tuple[Callable[..., Any], ...] = (),
+) -> Trace:
+    """Trace ``model``, leaving as leaves those modules whose code cannot be traced.
+
+    Args:
+        model: the model; it is not changed.
+        inputs: example values by parameter name (see :func:`bind_inputs`); None to trace without.
+        inline: paths of the modules to trace into; by default all that may hold a residual add.
+        wrap_functions: functions to keep as one node.
+
+    Raises:
+        TraceError: the root's own code cannot be traced.
+    """
+    wanted = candidates(model) if inline is None else inline
+    opaque: dict[str, str] = {}
+    for path, module in model.named_modules():
+        if path and path in wanted and (reason := _must_stay_leaf(module)):
+            opaque[path] = reason
+    while True:
+        leaves = tuple(opaque)
+        inlined = frozenset(path for path in wanted if not any(path == o or path.startswith(o + ".") for o in leaves))
+        work = clone_structure(model)
+        values = {} if inputs is None else copy_inputs(dict(inputs))
+        tracer = ValueTracer(inlined, values if inputs is not None else _defaults(model), wrap_functions)
+        try:
+            with state_restored(model):
+                graph = tracer.trace(work)
+            break
+        except CannotInline as failure:
+            if not failure.path:
+                raise _root_error(model, failure, inputs is not None) from failure
+            failed = type(model.get_submodule(failure.path))
+            reason = _describe(failure.cause)
+            log.debug("%s stays a leaf: %s", failure.path, reason)
+            opaque[failure.path] = reason
+            if not any(path.startswith(failure.path + ".") for path in inlined):
+                opaque.update({p: reason for p, m in model.named_modules() if type(m) is failed and p in inlined})
+    _remove_unused_shape_reads(graph)
+    _hoist_decisions(graph)
+    _attach_constants(work)
+    graph_module = fx.GraphModule(work, graph, type(model).__name__)
+    graph.lint()
+    return Trace(graph_module, inlined, opaque, tracer.reads_training, inputs is not None)
+
+
+def candidates(model: nn.Module) -> frozenset[str]:
+    """Return the paths of the modules whose own code adds, and of those that hold one ("" is the root)."""
+    found = {""}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if path and _may_add(module):
+            atoms = path.split(".")
+            found.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
+    return frozenset(found)
+
+
+def _may_add(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return False
+    own = module.__dict__.get("forward")
+    if own is not None and _adds(getattr(own, "__func__", own)):
+        return True
+    return _class_adds(type(module))
+
+
+@functools.cache
+def _class_adds(cls: type) -> bool:
+    module = cls.__module__ or ""
+    if module.startswith(("torch.nn.", "torch.ao.")) and not module.startswith(INLINED_FROM_TORCH):
+        return False
+    for base in cls.__mro__:
+        if base is nn.Module or base is object:
+            continue
+        if base.__module__.startswith("torch.nn.modules") and not base.__module__.startswith(INLINED_FROM_TORCH):
+            continue
+        for name, member in vars(base).items():
+            if name not in ("__init__", "extra_repr", "__repr__") and _adds(inspect.unwrap(_function_of(member))):
+                return True
+    return False
+
+
+def _function_of(member: Any) -> Any:
+    if isinstance(member, (staticmethod, classmethod)):
+        return member.__func__
+    return member.fget if isinstance(member, property) else member
+
+
+def _adds(function: Any, depth: int = 2) -> bool:
+    """Whether a function's bytecode, or that of a plain function it calls, holds an addition."""
+    if isinstance(function, functools.partial):
+        function = function.func
+    if not isinstance(function, FunctionType):
+        return False
+    for code in _code_objects(function.__code__):
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("BINARY_ADD", "INPLACE_ADD"):
+                return True
+            if instruction.opname == "BINARY_OP" and instruction.argrepr in ADD_OPERATORS:
+                return True
+        if ADD_NAMES.intersection(code.co_names):
+            return True
+        if depth:
+            called = (function.__globals__.get(name) for name in code.co_names)
+            if any(
+                isinstance(f, FunctionType) and not f.__module__.startswith("torch.") and _adds(f, depth - 1)
+                for f in called
+            ):
+                return True
+    return False
+
+
+def _code_objects(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _code_objects(constant)
+
+
+def _must_stay_leaf(module: nn.Module) -> str | None:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(module, name, None) for name in hooks):
+        return "it has hooks, which a graph of its code would not call"
+    if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
+        return "it is compiled already; convert first, compile afterwards"
+    if torch.nn.utils.parametrize.is_parametrized(module) and not any(
+        _may_add(child) for name, child in module.named_modules() if name
+    ):
+        return "its parameters are parametrized"
+    return None
+
+
+def _defaults(model: nn.Module) -> dict[str, Any]:
+    """Without example inputs, parameters with a default are constants and all others unknown."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return {
+        p.name: UNKNOWN if p.default is p.empty else p.default
+        for p in parameters
+        if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    }
+
+
+def _root_error(model: nn.Module, failure: CannotInline, has_values: bool) -> Exception:
+    name = type(model).__name__
+    reason = _describe(failure.cause)
+    if isinstance(failure.cause, str):
+        return UnsupportedModel(f"{name}.forward cannot be held in one graph: {reason}.")
+    hint = "" if has_values else " Give example inputs with args=, so that decisions on values can be followed."
+    return TraceError(
+        f"{name}.forward could not be traced: {reason}.{hint} "
+        "If a helper function is the cause, keep it whole with wrap_functions=(function,)."
+    )
+
+
+def _describe(cause: BaseException | str) -> str:
+    if isinstance(cause, str):
+        return cause
+    frames = [f for f in traceback.extract_tb(cause.__traceback__) if "/torch/" not in f.filename]
+    frames = [f for f in frames if "/hc_transform/hc_transform/" not in f.filename] or frames
+    where = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else ""
+    text = str(cause).strip().splitlines()
+    return f"{type(cause).__name__}{where}: {text[0] if text else ''}"[:300]
+
+
+def _attach_constants(work: nn.Module) -> None:
+    """Keep constants that tracing stowed on the root as buffers, outside of the state dict."""
+    for name in [n for n in work.__dict__ if n.startswith("_tensor_constant")]:
+        value = work.__dict__[name]
+        if isinstance(value, torch.Tensor):
+            del work.__dict__[name]
+            work.register_buffer(name, value, persistent=False)
+
+
+def is_shape_read(node: fx.Node) -> bool:
+    """Whether ``node`` reads only shape, dtype or device of its tensors, or computes with such."""
+    if node.op == "call_method":
+        return node.target in SHAPE_METHODS
+    if node.op != "call_function":
+        return False
+    if node.target is getattr:
+        return node.args[1] in SHAPE_ATTRIBUTES
+    module = getattr(node.target, "__module__", None)
+    return module in (operator.add.__module__, "math") and _all_inputs_plain(node)
+
+
+def _all_inputs_plain(node: fx.Node) -> bool:
+    return all(
+        issubclass(n.meta.get("hc_type", torch.Tensor), (bool, int, float, str, torch.Size, torch.dtype, torch.device))
+        for n in node.all_input_nodes
+    )
+
+
+def _remove_unused_shape_reads(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if not node.users and (is_shape_read(node) or node.op == "get_attr"):
+            graph.erase_node(node)
+
+
+def _hoist_decisions(graph: fx.Graph) -> None:
+    """Move checks that depend on shapes of the inputs alone to the top of the graph."""
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    if not placeholders:
+        return
+    early = set(placeholders)
+    last = placeholders[-1]
+    for node in list(graph.nodes):
+        flag = node.op == "get_attr" and str(node.target).rpartition(".")[2] == "training"
+        if flag or (is_shape_read(node) or node.target in CHECKS) and all(n in early for n in node.all_input_nodes):
+            early.add(node)
+    needed: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node in early and (node.target in CHECKS or any(user in needed for user in node.users)):
+            needed.add(node)
+    for node in list(graph.nodes):
+        if node in needed and node.op != "placeholder":
+            last.append(node)
+            last = node
