@@ -118,13 +118,14 @@ def candidates(model: nn.Module) -> frozenset[str]:
     """Return the paths of the modules whose own code adds, and of those that hold one ("" is the root)."""
     found = {""}
     for path, module in model.named_modules(remove_duplicate=False):
-        if path and _may_add(module):
+        if path and may_add(module):
             atoms = path.split(".")
             found.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
     return frozenset(found)
 
 
-def _may_add(module: nn.Module) -> bool:
+def may_add(module: nn.Module) -> bool:
+    """Whether the module's own code may hold an add."""
     if isinstance(module, torch.jit.ScriptModule):
         return False
     own = module.__dict__.get("forward")
@@ -193,7 +194,7 @@ def _must_stay_leaf(module: nn.Module) -> str | None:
     if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
         return "it is compiled already; convert first, compile afterwards"
     if torch.nn.utils.parametrize.is_parametrized(module) and not any(
-        _may_add(child) for name, child in module.named_modules() if name
+        may_add(child) for name, child in module.named_modules() if name
     ):
         return "its parameters are parametrized"
     return None

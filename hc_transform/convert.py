@@ -1,0 +1,223 @@
+"""convert and plan: the way from a model to a converted model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import NothingToConvert, TraceError, UnsupportedModel
+from .examples import example_inputs
+from .module import HyperConnectedModule, decides_on_training
+from .pipeline import Analysis, analyse
+from .planner import Options, Plan
+from .report import report_of
+from .rewrite import CONNECTIONS_NAME, connection_dict, make_connections
+from .structure import clone_structure
+from .trace import bind_inputs
+from .verify import run_like, verify
+
+OPTIMIZER_NOTE = "An optimizer made before the conversion does not know the new parameters: make it anew."
+SCOPES = ("graph", "auto")
+
+
+def convert(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    num_streams: int = 4,
+    connection: str = "dynamic",
+    init: str = "paper",
+    readout: str = "mean",
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    nested: str = "largest",
+    feature_axis: int | None = None,
+    scope: str = "auto",
+    verify: bool = True,
+    wrap_functions: Sequence[Callable[..., Any]] = (),
+) -> HyperConnectedModule:
+    """Return ``model`` with its residual streams widened to ``num_streams`` hyper-connected streams.
+
+    The result computes what ``model`` computes until it is trained. It shares the parameters and
+    buffers of ``model``, which stays as it is.
+
+    Args:
+        model: any nn.Module that is not wrapped (DDP, FSDP, torch.compile, torch.jit).
+        args, kwargs: example inputs. Without them those that the model carries are tried
+            (``example_input_array``, ``dummy_inputs``, timm's ``default_cfg``), else it is traced
+            without values and not verified.
+        num_streams: n. With 1 all residuals stay plain.
+        connection: "static" or "dynamic" (arXiv 2409.19606).
+        init: "paper" (one-hot reads) or "mirrored" (mean reads, writes mirrored around 1; only for
+            trunks that carry nothing nonlinear).
+        readout: "mean", or "sum" (which gives n times the original's value).
+        include, exclude: patterns (``fnmatch``) on residual names or module paths.
+        nested: of trunks that nest convert the "largest" only, or "all".
+        feature_axis: the axis of features, where looking at the branch's layers would get it wrong.
+        scope: "graph", one FX graph of the whole model; "auto" chooses it too.
+        verify: run both models on the example inputs and compare.
+        wrap_functions: functions that are not to be traced into.
+
+    Raises:
+        NothingToConvert: no residual add was found; the message counts the reasons.
+        TraceError: the model or the inputs cannot be traced.
+        NotEquivalent: verification failed.
+        UnsupportedModel: a wrapped or already converted model, or an option that it does not fit.
+        PatternError: a pattern matches nothing.
+        ValueError: an option is out of range.
+
+    >>> block = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    >>> hc = convert(block, args=(torch.randn(2, 5, 8),))
+    >>> len(hc.hc_report.converted)
+    2
+    """
+    options = Options(
+        num_streams, connection, init, readout, tuple(_list(include)), tuple(_list(exclude)), nested, feature_axis
+    )
+    example = _prepare(model, args, kwargs, scope)
+    analysis = _analyse(model, example, options, tuple(wrap_functions))
+    connections = make_connections(analysis.plan)
+    converted = HyperConnectedModule(
+        clone_structure(model), analysis, connection_dict(connections), tuple(wrap_functions)
+    )
+    notes, error = [OPTIMIZER_NOTE], None
+    if example is not None and decides_on_training(analysis.trace.graph_module.graph):
+        _trace_other_mode(converted, *example)
+    if example is None:
+        notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
+    elif verify:
+        error = _verify(model, converted, analysis.plan, *example)
+        notes.insert(0, f"Verified on the example inputs: largest relative error {error:.1e}.")
+    converted.hc_report = report_of(analysis.plan, connections, error, tuple(notes))
+    return converted
+
+
+_verify = verify  # convert's parameter of that name hides it
+
+
+def plan(
+    model: nn.Module,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    wrap_functions: Sequence[Callable[..., Any]] = (),
+    scope: str = "auto",
+    **options: Any,
+) -> Plan:
+    """Return what :func:`convert` would do, without doing it: a dry run, printed as the same table.
+
+    Takes the options of :func:`convert` and raises the same errors but NotEquivalent.
+
+    >>> block = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    >>> [residual.name for residual in plan(block, args=(torch.randn(2, 5, 8),)).residuals]
+    ['self_attn', 'linear1']
+    """
+    for name in ("include", "exclude"):
+        options[name] = tuple(_list(options.get(name, ())))
+    options.setdefault("connection", "dynamic")
+    example = _prepare(model, args, kwargs, scope)
+    return _analyse(model, example, Options(**options), tuple(wrap_functions)).plan
+
+
+def _prepare(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, scope: str
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Check the model and return the example inputs, which fit it."""
+    if scope not in SCOPES:
+        raise ValueError(f"scope is one of {', '.join(map(repr, SCOPES))}; got {scope!r}")
+    refuse_unsupported(model)
+    if isinstance(args, torch.Tensor):
+        args = (args,)
+    example = (tuple(args), dict(kwargs or {})) if len(args) or kwargs else example_inputs(model)
+    if example is not None:
+        bind_inputs(model, *example)
+        try:
+            run_like(model, *example)
+        except Exception as error:
+            raise TraceError(
+                f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
+                "Give inputs with args= and kwargs= that the model runs on."
+            ) from error
+    return example
+
+
+def _analyse(
+    model: nn.Module,
+    example: tuple[tuple[Any, ...], dict[str, Any]] | None,
+    options: Options,
+    wrap_functions: tuple[Callable[..., Any], ...],
+) -> Analysis:
+    inputs = None if example is None else bind_inputs(model, *example)
+    analysis = analyse(model, inputs, options, wrap_functions)
+    plain = options.num_streams == 1 and any("num_streams" in str(s) for s in analysis.plan.skipped)
+    if not analysis.plan.residuals and not plain:
+        raise NothingToConvert(_nothing(model, analysis.plan))
+    return analysis
+
+
+def _nothing(model: nn.Module, plan: Plan) -> str:
+    name = type(model).__name__
+    if not plan.skipped:
+        return f"{name} holds no add of two tensors, so there is no residual to convert."
+    counts = Counter(s.reason.value for s in plan.skipped)
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+    first = plan.skipped[0]
+    return (
+        f"none of the {len(plan.skipped)} adds in {name} can be converted: {reasons}. The first is in "
+        f"{first.module or 'the root'} at {first.location}: {first}."
+    )
+
+
+def refuse_unsupported(model: Any) -> None:
+    """Raise UnsupportedModel for anything that is not a plain, unconverted module."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModel(f"convert takes an nn.Module, got {type(model).__name__}")
+    for module in model.modules():
+        if isinstance(module, HyperConnectedModule) or isinstance(
+            getattr(module, "_modules", {}).get(CONNECTIONS_NAME), nn.ModuleDict
+        ):
+            raise UnsupportedModel(
+                f"{type(model).__name__} is converted already: convert the original model, with other options, instead"
+            )
+    wrapped = _wrapper(model)
+    if wrapped:
+        raise UnsupportedModel(
+            f"the model is wrapped by {wrapped}: convert the model inside it first, and wrap the result afterwards"
+        )
+
+
+def _wrapper(model: nn.Module) -> str | None:
+    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+        return "torch.compile"
+    if isinstance(model, torch.jit.ScriptModule):
+        return "torch.jit"
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        return type(model).__name__
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+        if any(isinstance(m, (FullyShardedDataParallel, FSDPModule)) for m in model.modules()):
+            return "FSDP"
+    return None
+
+
+def _trace_other_mode(converted: HyperConnectedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Trace the mode that the model is not in too, so that switching works in compiled code."""
+    modes = [(module, module.training) for module in converted.modules()]
+    converted.train(not converted.training)
+    try:
+        converted.trace_variant(args, kwargs)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _list(patterns: Sequence[str]) -> Sequence[str]:
+    if isinstance(patterns, str):
+        raise ValueError(f"include and exclude are lists of patterns, got the string {patterns!r}")
+    return patterns

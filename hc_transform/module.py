@@ -1,0 +1,232 @@
+"""The converted model: an ordinary GraphModule that traces itself again when a decision changes."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from .errors import DecisionChanged, TraceError
+from .guards import CHECKS
+from .pipeline import Analysis, analyse
+from .planner import Options
+from .report import Report
+from .rewrite import CONNECTIONS_NAME, rewritten_graph
+from .structure import state_restored
+from .trace import bind_inputs, is_shape_read
+
+log = logging.getLogger("hc_transform")
+
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+NEVER_PICKLED = ("_graph", "_run_graph")
+
+
+class Variant:
+    """A graph for calls that decide otherwise than the main one."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.forward = _compiled(graph)
+
+    def __reduce__(self) -> Any:
+        return Variant, (self.graph,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
+        return Variant(copy.deepcopy(self.graph, memo))
+
+
+class HyperConnectedModule(fx.GraphModule):
+    """A converted model.
+
+    It holds the original's modules under their names, and the connections under
+    ``hyper_connections``. A call that decides something otherwise than the trace (an optional
+    input given later, an image size that needs padding) is traced again with the same connections.
+
+    Attributes:
+        hc_report: what was converted, what was not, and why.
+    """
+
+    hc_report: Report
+
+    def __init__(
+        self,
+        original: nn.Module,
+        analysis: Analysis,
+        connections: nn.ModuleDict,
+        wrap_functions: tuple[Callable[..., Any], ...] = (),
+    ) -> None:
+        """Build the module around ``original``, a structural copy that it takes over."""
+        if connections:
+            original.add_module(CONNECTIONS_NAME, connections)
+        graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
+        _adopt_constants(original, graph, analysis.trace.graph_module)
+        super().__init__(original, graph, type(original).__name__)
+        # One set of dictionaries for both, so that moves, casts and loads reach both.
+        for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS):
+            self.__dict__[name] = original.__dict__[name]
+        self.__dict__["_original"] = original
+        self.training = original.training
+        self._options: Options = analysis.plan.options
+        self._names = tuple(r.name for r in analysis.plan.residuals)
+        self._wrap_functions = wrap_functions
+        self._variants: list[Variant] = []
+        self.graph.lint()
+
+    def recompile(self) -> Any:
+        """Compile the graph's code; ``forward`` runs it and minds its decisions."""
+        code = super().recompile()
+        cls: Any = type(self)
+        cls._run_graph = cls.forward
+        self._seen_shapes: set[Any] = set()
+        self._late_decisions = _decides_late(self._graph)
+
+        @functools.wraps(cls.forward)
+        def forward(self: HyperConnectedModule, *args: Any, **kwargs: Any) -> Any:
+            if self._late_decisions and not torch.compiler.is_compiling():
+                return self._run_watched(args, kwargs)
+            try:
+                return self._run_graph(*args, **kwargs)
+            except DecisionChanged as change:
+                return self._run_otherwise(change, args, kwargs)
+
+        cls.forward = forward
+        return code
+
+    def _run_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the graph; if it stops half-way at a changed decision, undo what it did to the state."""
+        shapes = tuple(x.shape for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
+        key = (shapes, self.training)
+        if key in self._seen_shapes:
+            return self._run_graph(*args, **kwargs)
+        before = [(buffer, buffer.detach().clone()) for buffer in self.buffers()]
+        devices = {p.device for p in self.parameters() if p.device.type == "cuda"}
+        cpu_state, cuda_states = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
+        try:
+            output = self._run_graph(*args, **kwargs)
+            self._seen_shapes.add(key)
+            return output
+        except DecisionChanged as change:
+            with torch.no_grad():
+                for buffer, value in before:
+                    buffer.copy_(value)
+            torch.set_rng_state(cpu_state)
+            for device, state in cuda_states.items():
+                torch.cuda.set_rng_state(state, device)
+            return self._run_otherwise(change, args, kwargs)
+
+    def _run_otherwise(self, change: DecisionChanged, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for variant in self._variants:
+            try:
+                return variant.forward(self, *args, **kwargs)
+            except DecisionChanged:
+                continue
+        if torch.compiler.is_compiling():
+            raise change
+        return self.trace_variant(args, kwargs, change).forward(self, *args, **kwargs)
+
+    def trace_variant(
+        self, args: Sequence[Any], kwargs: dict[str, Any], change: DecisionChanged | None = None
+    ) -> Variant:
+        """Trace the original once more for inputs like these, with the same connections.
+
+        Raises:
+            TraceError: the model has other residuals for these inputs, or cannot be traced.
+        """
+        original: nn.Module = self.__dict__["_original"]
+        original.training = self.training
+        options = self._options
+        with state_restored(self):
+            analysis = analyse(original, bind_inputs(original, tuple(args), kwargs), options, self._wrap_functions)
+        names = tuple(r.name for r in analysis.plan.residuals)
+        if names != self._names:
+            differ = sorted(set(names) ^ set(self._names))
+            raise TraceError(
+                f"for these inputs the model has other residuals than those that were converted: {', '.join(differ)}. "
+                f"{change or ''} Convert another copy of the model with example inputs like these."
+            ) from change
+        graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
+        _adopt_constants(self, graph, analysis.trace.graph_module)
+        log.info("traced again: %s", change)
+        variant = Variant(graph)
+        self._variants.append(variant)
+        return variant
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> HyperConnectedModule:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        state = {name: value for name, value in self.__dict__.items() if name not in NEVER_PICKLED}
+        return _restored(new, copy.deepcopy(state, memo), copy.deepcopy(self._graph, memo))
+
+    def __reduce__(self) -> Any:
+        state = {name: value for name, value in self.__dict__.items() if name not in NEVER_PICKLED}
+        return _rebuilt, (state, self._graph)
+
+
+def decides_on_training(graph: fx.Graph) -> bool:
+    """Whether a check of ``graph`` depends on a ``training`` flag."""
+    for node in graph.nodes:
+        if node.target in CHECKS and any(n.op == "get_attr" for n in node.all_input_nodes):
+            return True
+    return False
+
+
+def _rebuilt(state: dict[str, Any], graph: fx.Graph) -> HyperConnectedModule:
+    return _restored(HyperConnectedModule.__new__(HyperConnectedModule), state, graph)
+
+
+def _restored(new: HyperConnectedModule, state: dict[str, Any], graph: fx.Graph) -> HyperConnectedModule:
+    nn.Module.__init__(new)
+    new.__dict__.update(state)
+    new.graph = graph
+    type(new).__name__ = type(state["_original"]).__name__
+    return new
+
+
+def _compiled(graph: fx.Graph) -> Callable[..., Any]:
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<hc_transform variant>", "exec"), namespace)
+    return namespace["forward"]
+
+
+def _adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> None:
+    """Move the constants of a trace to ``module``, under names that are free there."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            value = traced.get_buffer(str(node.target))
+            name, number = str(node.target), 0
+            while name in module._buffers and module._buffers[name] is not value:
+                number += 1
+                name = f"{node.target}_{number}"
+            module.register_buffer(name, value, persistent=False)
+            node.target = name
+
+
+def _decides_late(graph: fx.Graph) -> bool:
+    """Whether a check comes after an operation that may have changed the state."""
+    working = False
+    for node in graph.nodes:
+        if node.target in CHECKS:
+            if working:
+                return True
+        elif node.op not in ("placeholder", "get_attr", "output") and not is_shape_read(node):
+            working = True
+    return False

@@ -1,0 +1,83 @@
+"""The passes in a row: trace, find, plan; and once more with only the scopes that matter."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from .find import Findings, Reason, Skipped, find_residuals
+from .planner import Options, Plan, make_plan
+from .trace import Trace, may_add, trace
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The plan of a model, and the trace it was made on."""
+
+    plan: Plan
+    trace: Trace
+
+
+def analyse(
+    model: nn.Module,
+    inputs: Mapping[str, Any] | None,
+    options: Options,
+    wrap_functions: tuple[Callable[..., Any], ...] = (),
+) -> Analysis:
+    """Trace ``model``, find its residuals and plan their conversion.
+
+    The first trace goes into every module whose code adds, to give each add a verdict. The second
+    goes only into modules that hold a residual to convert, so that the graph stays readable and all
+    other modules keep their Python.
+    """
+    wide = trace(model, inputs, wrap_functions=wrap_functions)
+    findings = find_residuals(wide.graph_module)
+    plan = make_plan(wide.graph_module, findings, options)
+    plan = replace(plan, skipped=(*plan.skipped, *_opaque(model, wide)))
+    scopes = _scopes(plan)
+    if scopes == wide.inlined:
+        return Analysis(plan, wide)
+    narrow = trace(model, inputs, inline=scopes, wrap_functions=wrap_functions)
+    wanted = {r.name for r in plan.residuals}
+    found = find_residuals(narrow.graph_module).residuals
+    again = make_plan(
+        narrow.graph_module,
+        Findings(tuple(r for r in found if r.name in wanted), ()),
+        replace(options, include=(), exclude=()),
+    )
+    if [r.name for r in again.residuals] != [r.name for r in plan.residuals] or len(again.trunks) != len(plan.trunks):
+        return Analysis(plan, wide)
+    return Analysis(replace(again, skipped=plan.skipped, options=options), narrow)
+
+
+def _scopes(plan: Plan) -> frozenset[str]:
+    """Return the paths of modules to trace into: those that add for a converted residual, and their parents."""
+    scopes = {""}
+    for residual in plan.residuals:
+        for node in (residual.add, *residual.absorbed):
+            atoms = str(node.meta.get("hc_module", "")).split(".")
+            scopes.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
+    return frozenset(scopes)
+
+
+def _opaque(model: nn.Module, wide: Trace) -> list[Skipped]:
+    rows = []
+    for path, reason in wide.opaque.items():
+        module = model.get_submodule(path)
+        if may_add(module):
+            rows.append(Skipped(path, path, _source_of(type(module)), Reason.OPAQUE, reason))
+    return rows
+
+
+def _source_of(cls: type) -> str:
+    try:
+        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
+    except (OSError, TypeError):
+        return "unknown location"
+
+
+__all__ = ["Analysis", "analyse"]

@@ -1,0 +1,313 @@
+"""Group residuals into trunks, and decide which trunks are converted."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import fx, nn
+
+from .connections import CONNECTIONS
+from .connections.base import INITS
+from .errors import PatternError, UnsupportedModel
+from .find import Findings, Reason, Residual, Skipped
+from .kinds import LINEAR_POINTWISES, Kind, Kinds, is_tensor, name_of, shape_of
+
+if TYPE_CHECKING:
+    from .report import Report
+
+READOUTS = ("mean", "sum")
+NESTED = ("largest", "all")
+CARRIED_RANDOMS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout stochastic_depth drop_path".split())
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to convert, and into what. Checked when it is made.
+
+    Raises:
+        ValueError: an option is out of range; the message names the choices.
+    """
+
+    num_streams: int = 4
+    connection: str = "static"
+    init: str = "paper"
+    readout: str = "mean"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    nested: str = "largest"
+    feature_axis: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_streams, int) or self.num_streams < 1:
+            raise ValueError(f"num_streams is a whole number of at least 1, got {self.num_streams!r}")
+        for name, value, choices in (
+            ("connection", self.connection, tuple(CONNECTIONS)),
+            ("init", self.init, INITS),
+            ("readout", self.readout, READOUTS),
+            ("nested", self.nested, NESTED),
+        ):
+            if value not in choices:
+                raise ValueError(f"{name} is one of {', '.join(map(repr, choices))}; got {value!r}")
+        for name in ("include", "exclude"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is a list of patterns, got the string {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A chain of residuals that one set of streams runs through.
+
+    Attributes:
+        index: its number, in order of execution.
+        residuals: its residuals, in order.
+        carried: operations between them, each with the operand that is the trunk's value.
+    """
+
+    index: int
+    residuals: tuple[Residual, ...]
+    carried: Mapping[fx.Node, fx.Node]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`hc_transform.rewrite` is to do with one graph."""
+
+    graph_module: fx.GraphModule
+    trunks: tuple[Trunk, ...]
+    skipped: tuple[Skipped, ...]
+    options: Options
+
+    @property
+    def residuals(self) -> tuple[Residual, ...]:
+        """All residuals that are converted, in order."""
+        return tuple(residual for trunk in self.trunks for residual in trunk.residuals)
+
+    @property
+    def report(self) -> Report:
+        """The table that the converted model's ``hc_report`` would show."""
+        from .report import report_of
+
+        return report_of(self)
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:
+    """Group the residuals of ``graph_module`` into trunks.
+
+    Of trunks that nest or cross, the one with the most residuals is converted, unless
+    ``options.nested`` is "all".
+
+    Raises:
+        PatternError: a pattern in ``include`` or ``exclude`` matches no residual.
+        UnsupportedModel: ``init="mirrored"`` on a trunk that carries a nonlinear operation.
+    """
+    kinds = Kinds(graph_module)
+    active, skipped = _selected(findings.residuals, options)
+    active, shared = _with_reads_of_their_own(active)
+    skipped += shared
+    groups = _groups(active, kinds)
+    if options.nested == "largest":
+        groups, nested = _without_nested(groups)
+        skipped += nested
+        kept = {r.add for group in groups for r in group}
+        groups = _groups([r for r in active if r.add in kept], kinds)
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    groups.sort(key=lambda group: order[group[0].add])
+    trunks = tuple(Trunk(i, tuple(group), _carried(group, kinds)) for i, group in enumerate(groups))
+    if options.num_streams == 1:
+        skipped += [_as_skipped(r, Reason.PLAIN) for t in trunks for r in t.residuals]
+        trunks = ()
+    if options.init == "mirrored":
+        _refuse_nonlinear(trunks, kinds)
+    return Plan(graph_module, trunks, (*findings.skipped, *skipped), options)
+
+
+def _selected(residuals: Sequence[Residual], options: Options) -> tuple[list[Residual], list[Skipped]]:
+    names = [r.name for r in residuals]
+    for option, patterns in (("include", options.include), ("exclude", options.exclude)):
+        for pattern in patterns:
+            if not any(_matches(r, [pattern]) for r in residuals):
+                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+                raise PatternError(
+                    f"{option} pattern {pattern!r} matches no residual. Near names: {', '.join(near) or 'none'}; "
+                    "plan(model) lists all."
+                )
+    active, skipped = [], []
+    for residual in residuals:
+        if options.include and not _matches(residual, options.include):
+            skipped.append(_as_skipped(residual, Reason.EXCLUDED, "matches no include pattern"))
+        elif _matches(residual, options.exclude):
+            skipped.append(_as_skipped(residual, Reason.EXCLUDED, "matches an exclude pattern"))
+        else:
+            active.append(residual)
+    return active, skipped
+
+
+def _matches(residual: Residual, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, p) for p in patterns for path in (residual.name, residual.module))
+
+
+def readers_of(residual: Residual) -> list[fx.Node]:
+    """Return the users of the skip that begin the branch."""
+    return [user for user in residual.skip.users if user in residual.region]
+
+
+def _with_reads_of_their_own(residuals: list[Residual]) -> tuple[list[Residual], list[Skipped]]:
+    """Leave out residuals whose branch begins within another's on the same value."""
+    taken: set[tuple[fx.Node, fx.Node]] = set()
+    kept, skipped = [], []
+    for residual in residuals:
+        own = {(residual.skip, reader) for reader in readers_of(residual)} - taken
+        if own or not readers_of(residual):
+            kept.append(residual)
+            taken |= own
+        else:
+            skipped.append(_as_skipped(residual, Reason.SHARED_READ))
+    return kept, skipped
+
+
+def _groups(residuals: Sequence[Residual], kinds: Kinds) -> list[list[Residual]]:
+    """Chain residuals: one joins the group of the residual whose output reaches its skip."""
+    by_add = {r.add: r for r in residuals}
+    group_of: dict[fx.Node, list[Residual]] = {}
+    for residual in residuals:  # in order of execution
+        before = _way_back(residual.skip, by_add, kinds)
+        group = group_of[before[-1]] if before else []
+        group.append(residual)
+        group_of[residual.add] = group
+    unique = {id(group): group for group in group_of.values()}
+    return list(unique.values())
+
+
+def _carried(group: Sequence[Residual], kinds: Kinds) -> dict[fx.Node, fx.Node]:
+    by_add = {r.add: r for r in group}
+    carried: dict[fx.Node, fx.Node] = {}
+    for residual in group:
+        way = _way_back(residual.skip, by_add, kinds)
+        carried.update(zip(way, way[1:], strict=False))
+    return carried
+
+
+def _way_back(start: fx.Node, adds: Mapping[fx.Node, Residual], kinds: Kinds) -> list[fx.Node]:
+    """Return the nodes from ``start`` back to a residual's add over carried operations, [] if there is no way."""
+    dead: set[fx.Node] = set()
+    way = [start]
+    while way:
+        node = way[-1]
+        if node in adds:
+            return way
+        step = next((s for s in carried_operands(node, kinds) if s not in dead), None)
+        if step is None:
+            dead.add(way.pop())
+        else:
+            way.append(step)
+    return []
+
+
+def carried_operands(node: fx.Node, kinds: Kinds) -> list[fx.Node]:
+    """Return the operands of ``node`` that may be streams; none if it is a boundary."""
+    kind = kinds.of(node)
+    data = [a for a in node.args if is_tensor(a) and not kinds.is_constant(a)]
+    if node.op == "call_method" and data[:1] != list(node.args[:1]):
+        return []  # a method of another tensor
+    if len([n for n in node.all_input_nodes if is_tensor(n) and not kinds.is_constant(n)]) != len(data):
+        return []  # a stream given by keyword or inside a list
+    if not is_tensor(node) or kind in (Kind.MIX, Kind.REDUCE, Kind.SHAPE) or name_of(node) == "detach_":
+        return []
+    if kind is Kind.RANDOM and node.op != "call_module" and name_of(node) not in CARRIED_RANDOMS:
+        return []
+    if kind is Kind.POINTWISE:
+        return data
+    if name_of(node) == "set_item" or len(data) != 1:
+        return []
+    return data
+
+
+def _without_nested(groups: list[list[Residual]]) -> tuple[list[list[Residual]], list[Skipped]]:
+    """Keep, of groups that nest or cross, the one with the most residuals, the outer one of equals."""
+    separate: list[list[Residual]] = []
+    for group in groups:
+        around = [r for r in group if any(other.add in r.region for other in group if other is not r)]
+        separate.append([r for r in group if r not in around])
+        separate += [[r] for r in around]
+    separate = [group for group in separate if group]
+    separate.sort(key=lambda g: (-len(g), -sum(len(r.region) for r in g)))
+    kept: list[list[Residual]] = []
+    skipped: list[Skipped] = []
+    for group in separate:
+        rival = next((k for k in kept if _nest(k, group)), None)
+        if rival is None:
+            kept.append(group)
+        else:
+            skipped += [_as_skipped(r, Reason.NESTED, f"the trunk of {rival[0].name} has {len(rival)}") for r in group]
+    return kept, skipped
+
+
+def _nest(one: Sequence[Residual], other: Sequence[Residual]) -> bool:
+    return any(a.add in b.region or b.add in a.region for a in one for b in other)
+
+
+def _refuse_nonlinear(trunks: Sequence[Trunk], kinds: Kinds) -> None:
+    for trunk in trunks:
+        for node in (*trunk.carried, *(op for r in trunk.residuals for op in r.skip_ops)):
+            kind = kinds.of(node)
+            if kind in (Kind.IDENTITY, Kind.SCALE, Kind.RANDOM, Kind.MOVE) or name_of(node) in LINEAR_POINTWISES:
+                continue
+            if node in {r.add for r in trunk.residuals}:
+                continue
+            raise UnsupportedModel(
+                f"init='mirrored' keeps only the mean of the streams, and trunk {trunk.index} (from "
+                f"{trunk.residuals[0].name}) carries a nonlinear operation: {node.name} at "
+                f"{node.meta.get('hc_location', 'unknown location')}. Use init='paper', which holds across it."
+            )
+
+
+def feature_axis(
+    residual: Residual, graph: fx.Graph, modules: Mapping[str, nn.Module]
+) -> tuple[int, int | None]:
+    """Return the feature axis of a residual's value, -1 or 1, and its size (None if unknown).
+
+    The first layer of the branch tells: a convolution or batch norm has its features on axis 1,
+    a linear layer or layer norm on the last one. Layers whose size fits neither axis are passed over.
+    """
+    shape = shape_of(residual.skip)
+    for node in graph.nodes:
+        if node.op != "call_module" or node not in residual.region:
+            continue
+        for module in modules[str(node.target)].modules():
+            axis, size = _layer_axis(module)
+            if size is not None and (shape is None or shape[axis] == size):
+                return axis, size
+    if shape is None:
+        return -1, None
+    return (1, shape[1]) if len(shape) >= 4 and shape[1] > shape[-1] else (-1, shape[-1])
+
+
+def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
+    """Return where a layer has its input features, and how many."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return 1, module.in_channels
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+        return 1, module.num_features
+    if type(module) is nn.GroupNorm:
+        return 1, module.num_channels
+    if type(module) is nn.Linear:
+        return -1, module.in_features
+    if type(module) in (nn.LayerNorm, nn.RMSNorm):
+        return -1, module.normalized_shape[-1]
+    if type(module) is nn.MultiheadAttention:
+        return -1, module.embed_dim
+    return -1, None
+
+
+def _as_skipped(residual: Residual, reason: Reason, detail: str = "") -> Skipped:
+    return Skipped(residual.name, residual.module, residual.location, reason, detail)
+
+
+__all__ = ["Options", "Plan", "Trunk", "carried_operands", "feature_axis", "make_plan", "readers_of"]

@@ -1,0 +1,129 @@
+"""The report: what was converted, what was not, and why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tabulate import tabulate
+
+from .connections import Connection
+from .planner import Plan
+
+
+@dataclass(frozen=True)
+class Record:
+    """One add.
+
+    Attributes:
+        name: module path of the residual (or of the module that adds).
+        module: path of the module whose code adds.
+        location: "file.py:123".
+        converted: whether it became a hyper-connection.
+        reason: None, or why it was not converted.
+        trunk: number of its trunk, None if it was not converted.
+        streams, connection, parameters: what it was converted into; parameters counts new ones.
+    """
+
+    name: str
+    module: str
+    location: str
+    converted: bool
+    reason: str | None = None
+    trunk: int | None = None
+    streams: int | None = None
+    connection: str | None = None
+    parameters: int | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All adds of a model. ``str()`` is a table.
+
+    Attributes:
+        residuals: a record for every add that was looked at.
+        max_error: largest relative error of the outputs found by verification, None if it was not run.
+        notes: what else a reader should know.
+    """
+
+    residuals: tuple[Record, ...]
+    max_error: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def converted(self) -> tuple[Record, ...]:
+        """The records of the adds that were converted."""
+        return tuple(r for r in self.residuals if r.converted)
+
+    @property
+    def skipped(self) -> tuple[Record, ...]:
+        """The records of the adds that were not, each with its reason."""
+        return tuple(r for r in self.residuals if not r.converted)
+
+    @property
+    def parameters(self) -> int:
+        """The number of new parameters."""
+        return sum(r.parameters or 0 for r in self.converted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as plain data, ready for JSON."""
+        return {**asdict(self), "parameters": self.parameters}
+
+    def __str__(self) -> str:
+        rows = [
+            (r.name, _short(r.location), r.trunk, r.streams, r.connection, r.parameters) for r in self.converted
+        ]
+        parts = []
+        if rows:
+            headers = ("residual", "location", "trunk", "streams", "connection", "parameters")
+            parts.append(tabulate(rows, headers=headers))
+        if self.skipped:
+            parts.append(tabulate(_merged(self.skipped), headers=("not converted", "location", "adds", "reason")))
+        trunks = len({r.trunk for r in self.converted})
+        parts.append(
+            f"{len(self.converted)} residuals on {trunks} trunks converted, {len(self.skipped)} adds left as they were, "
+            f"{self.parameters:,} new parameters."
+        )
+        parts += self.notes
+        return "\n\n".join(parts)
+
+
+def report_of(
+    plan: Plan,
+    connections: Mapping[str, Connection] | None = None,
+    max_error: float | None = None,
+    notes: tuple[str, ...] = (),
+) -> Report:
+    """Return the report of a plan, with the connections that were made for it."""
+    records = []
+    for trunk in plan.trunks:
+        for r in trunk.residuals:
+            count = None if connections is None else sum(p.numel() for p in connections[r.name].parameters())
+            options = plan.options
+            records.append(
+                Record(
+                    r.name, r.module, r.location, True, None, trunk.index, options.num_streams, options.connection, count
+                )
+            )
+    for s in plan.skipped:
+        records.append(Record(s.name, s.module, s.location, False, str(s)))
+    return Report(tuple(records), max_error, notes)
+
+
+def _merged(records: tuple[Record, ...]) -> list[tuple[str, str, int, str]]:
+    """Merge records of one line and reason that differ in numbers of their path alone."""
+    groups: dict[tuple[str, str, str], list[Record]] = {}
+    for r in records:
+        reason = re.sub(r"\d+", "*", str(r.reason)) if "constant" in str(r.reason) else str(r.reason)
+        groups.setdefault((re.sub(r"\d+", "*", r.name), r.location, reason), []).append(r)
+    rows = []
+    for (pattern, location, _), group in groups.items():
+        same = len({r.name for r in group}) == 1
+        rows.append((group[0].name if same else pattern, _short(location), len(group), str(group[0].reason)))
+    return rows
+
+
+def _short(location: str) -> str:
+    return location.rsplit("/", 1)[-1]

@@ -1,0 +1,254 @@
+"""Rewrite a graph after a plan: streams in place of trunk values."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from . import streams as ops
+from .connections import CONNECTIONS, Connection
+from .errors import UnsupportedModel
+from .find import Residual
+from .kinds import Kind, Kinds, is_shape_read, name_of
+from .planner import Plan, Trunk, feature_axis, readers_of
+
+log = logging.getLogger("hc_transform")
+
+CONNECTIONS_NAME = "hyper_connections"
+IN_PLACE_OPERATORS = frozenset("iadd isub imul itruediv ipow".split())
+
+
+def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connection] | None = None) -> fx.GraphModule:
+    """Return a new GraphModule with the residuals of ``plan`` rewritten into hyper-connections.
+
+    Args:
+        gm: the graph that the plan was made from; it is not changed. Parameters are shared.
+        plan: see :func:`hc_transform.make_plan`.
+        connections: the connection of each residual name; by default new ones.
+
+    The connections become the submodules ``hyper_connections.*``.
+    """
+    connections = make_connections(plan) if connections is None else connections
+    graph = rewritten_graph(gm, plan)
+    root = copy.copy(gm)
+    root._modules = dict(gm._modules)
+    root.add_module(CONNECTIONS_NAME, connection_dict(connections))
+    result = fx.GraphModule(root, graph, type(gm).__name__)
+    result.graph.lint()
+    return result
+
+
+def key_of(name: str) -> str:
+    """Return a residual's name as a Python identifier: "blocks.0.attn" becomes "blocks_0_attn"."""
+    return re.sub(r"\W", "_", name)
+
+
+def connection_dict(connections: Mapping[str, Connection]) -> nn.ModuleDict:
+    """Return the connections as one module, keyed by :func:`key_of` of the residual names."""
+    return nn.ModuleDict({key_of(name): connection for name, connection in connections.items()})
+
+
+def make_connections(plan: Plan) -> dict[str, Connection]:
+    """Return a new connection for each residual of ``plan``, on its parameters' device.
+
+    Raises:
+        UnsupportedModel: the connection needs the feature size and it is not known.
+    """
+    modules = dict(plan.graph_module.named_modules(remove_duplicate=False))
+    options = plan.options
+    variant = CONNECTIONS[options.connection]
+    made: dict[str, Connection] = {}
+    for trunk in plan.trunks:
+        for index, residual in enumerate(trunk.residuals):
+            axis, dim = feature_axis(residual, plan.graph_module.graph, modules)
+            if options.feature_axis is not None:
+                shape = residual.skip.meta.get("tensor_meta")
+                axis = options.feature_axis
+                dim = None if shape is None else shape.shape[axis]
+            if variant.needs_dim and dim is None:
+                raise UnsupportedModel(
+                    f"connection={options.connection!r} needs the feature size of {residual.name} "
+                    f"({residual.location}), which is not known: give example inputs with args="
+                )
+            connection = variant(options.num_streams, index=index, dim=dim, feature_axis=axis, init=options.init)
+            made[residual.name] = connection.to(_device(residual, modules))
+    return made
+
+
+def _device(residual: Residual, modules: Mapping[str, nn.Module]) -> torch.device:
+    for node in residual.region:
+        if node.op == "call_module":
+            for parameter in modules[str(node.target)].parameters():
+                return parameter.device
+    return next((p.device for p in modules[""].parameters()), torch.device("cpu"))
+
+
+def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
+    """Return a rewritten copy of ``gm.graph``. It refers to connections as ``hyper_connections.<key>``."""
+    graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
+    copies: dict[fx.Node, fx.Node] = {}
+    result: Any = graph.graph_copy(gm.graph, copies)
+    output = gm.graph.output_node()
+    graph.output(result).meta.update(output.meta)
+    kinds = Kinds(gm)
+    for trunk in plan.trunks:
+        _TrunkRewriter(graph, copies, trunk, kinds, plan).run()
+    log.info("rewrote %d residuals on %d trunks", len(plan.residuals), len(plan.trunks))
+    return graph
+
+
+class _TrunkRewriter:
+    """Rewrite one trunk. Nodes of the plan's graph are looked up in ``copies``."""
+
+    def __init__(
+        self, graph: fx.Graph, copies: dict[fx.Node, fx.Node], trunk: Trunk, kinds: Kinds, plan: Plan
+    ) -> None:
+        self.graph = graph
+        self.copies = copies
+        self.trunk = trunk
+        self.kinds = kinds
+        self.options = plan.options
+        self.streams: dict[fx.Node, fx.Node] = {}  # trunk value (in the plan's graph) -> its streams
+        self.reads: dict[fx.Node, fx.Node] = {}  # trunk value -> a read of it
+        self.keys: dict[fx.Node, str] = {}  # trunk value -> key of the residual it comes from
+
+    def run(self) -> None:
+        for residual in self.trunk.residuals:
+            self._read(residual)
+            self._write(residual)
+        gone = self._gone()
+        for value in self.streams:
+            if value in gone:
+                self._serve_other_users(value, {self.copies[node] for node in gone})
+        for node in reversed(list(self.graph.nodes)):
+            if node in {self.copies[n] for n in gone}:
+                self.graph.erase_node(node)
+
+    def _gone(self) -> set[fx.Node]:
+        """Return the nodes of the plan's graph whose work is done on streams from now on."""
+        gone = set(self.trunk.carried)
+        for residual in self.trunk.residuals:
+            gone.update((residual.add, *residual.absorbed))
+            for op in reversed(residual.skip_ops):
+                if all(user in gone for user in op.users):
+                    gone.add(op)
+        return gone
+
+    def _streams_of(self, value: fx.Node, residual: Residual) -> fx.Node:
+        """Return the streams of a trunk value: known, carried there, or expanded."""
+        if value in self.streams:
+            return self.streams[value]
+        if value in self.trunk.carried:
+            source = self.trunk.carried[value]
+            made = self._carry(value, source, self._streams_of(source, residual), self.copies[value])
+            self.keys[value] = self.keys.get(source, key_of(residual.name))
+        else:
+            node = self.copies[value]
+            after = node
+            while after.op == "placeholder" and after.next.op == "placeholder":
+                after = after.next
+            with self.graph.inserting_after(after):
+                made = self._new(ops.expand, (node, self.options.num_streams), f"{key_of(residual.name)}_expand", value)
+        self.streams[value] = made
+        return made
+
+    def _read(self, residual: Residual) -> None:
+        streams = self._streams_of(residual.skip, residual)
+        key = key_of(residual.name)
+        with self.graph.inserting_after(streams):
+            coefficients = self.graph.create_node(
+                "call_module", f"{CONNECTIONS_NAME}.{key}", (streams,), {}, f"{key}_coefficients"
+            )
+        _locate(coefficients, residual.add)
+        with self.graph.inserting_after(coefficients):
+            read = self._new(ops.read, (streams, coefficients), f"{key}_read", residual.add)
+        self._coefficients = coefficients
+        self.reads.setdefault(residual.skip, read)
+        value = self.copies[residual.skip]
+        for reader in readers_of(residual):
+            if not is_shape_read(reader):
+                self.copies[reader].replace_input_with(value, read)
+
+    def _write(self, residual: Residual) -> None:
+        add = self.copies[residual.add]
+        streams, source = self.streams[residual.skip], residual.skip
+        for op in residual.skip_ops:
+            streams, source = self._carry(op, source, streams, add), op
+        with self.graph.inserting_before(add):
+            if residual.skip_scale != 1:
+                streams = self._new(ops.carry, (operator.mul, streams, residual.skip_scale), None, residual.add)
+            branch = self.copies[residual.branch[0]]
+            for term in residual.branch[1:]:
+                branch = self.graph.call_function(operator.add, (branch, self.copies[term]))
+            if residual.branch_scale != 1:
+                branch = self.graph.call_function(operator.mul, (branch, residual.branch_scale))
+            key = key_of(residual.name)
+            written = self._new(ops.write, (streams, branch, self._coefficients), f"{key}_write", residual.add)
+        self.streams[residual.add] = written
+        self.keys[residual.add] = key
+
+    def _carry(self, node: fx.Node, source: fx.Node, streams: fx.Node, before: fx.Node) -> fx.Node:
+        """Apply the operation ``node`` to every stream of ``source``, at the place ``before``."""
+        kind = self.kinds.of(node)
+        position = next(i for i, a in enumerate(node.args) if a is source)
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.copies[n])
+        rest = (*args[:position], *args[position + 1 :])
+        carry: Any = ops.carry_random if kind is Kind.RANDOM else ops.carry
+        with self.graph.inserting_before(before):
+            target: Any = node.target
+            if node.op == "call_module":
+                module = self.kinds.modules[str(node.target)]
+                target = self.graph.create_node("get_attr", str(node.target), (), {})
+                if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
+                    return self._new(ops.carry_folded, (target, streams), f"{node.name}_streams", node)
+            if kind is not Kind.RANDOM and streams.target is ops.expand and self._in_place(node):
+                carry = ops.carry_on_copies
+            if position:
+                kwargs = {**kwargs, "position": position}
+            made = self._new(carry, (target, streams, *rest), f"{node.name}_streams", node)
+            made.kwargs = kwargs
+        return made
+
+    def _in_place(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self.kinds.modules[str(node.target)]
+            return any(getattr(m, "inplace", False) for m in module.modules())
+        name = name_of(node)
+        return name.endswith("_") or name in IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace"))
+
+    def _serve_other_users(self, value: fx.Node, gone: set[fx.Node]) -> None:
+        """Give every user outside of the streams' way a readout, and shape reads any stream."""
+        node, streams = self.copies[value], self.streams[value]
+        users = [user for user in node.users if user not in gone]
+        for user in [u for u in users if is_shape_read(u)]:
+            if value not in self.reads:
+                with self.graph.inserting_after(streams):
+                    self.reads[value] = self.graph.call_function(operator.getitem, (streams, 0))
+            user.replace_input_with(node, self.reads[value])
+        users = [user for user in users if not is_shape_read(user)]
+        if users:
+            mode = () if self.options.readout == "mean" else (self.options.readout,)
+            with self.graph.inserting_after(streams):
+                readout = self._new(ops.readout, (streams, *mode), f"{self.keys[value]}_readout", value)
+            for user in users:
+                user.replace_input_with(node, readout)
+
+    def _new(self, function: Any, args: tuple[Any, ...], name: str | None, source: fx.Node) -> fx.Node:
+        made = self.graph.create_node("call_function", function, args, {}, name)
+        _locate(made, source)
+        return made
+
+
+def _locate(node: fx.Node, source: fx.Node) -> None:
+    for key in ("hc_module", "hc_location", "stack_trace", "nn_module_stack"):
+        if key in source.meta:
+            node.meta[key] = source.meta[key]
+    if function_type := {ops.expand: tuple, ops.write: tuple, ops.carry: tuple}.get(node.target):  # type: ignore[arg-type]
+        node.meta["hc_type"] = function_type
