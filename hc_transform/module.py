@@ -13,6 +13,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .errors import DecisionChanged, TraceError
+from .flat import flatten_graph, unflatten_graph
 from .guards import CHECKS
 from .pipeline import Analysis, analyse
 from .planner import Options
@@ -36,7 +37,7 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-NEVER_PICKLED = ("_graph", "_run_graph")
+NEVER_PICKLED = ("_graph", "_tracer_cls", "_tracer_extras", "_lineno_map", "_code")
 
 
 class Variant:
@@ -47,7 +48,7 @@ class Variant:
         self.forward = _compiled(graph)
 
     def __reduce__(self) -> Any:
-        return Variant, (self.graph,)
+        return _variant, (flatten_graph(self.graph),)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
         return Variant(copy.deepcopy(self.graph, memo))
@@ -177,7 +178,7 @@ class HyperConnectedModule(fx.GraphModule):
 
     def __reduce__(self) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name not in NEVER_PICKLED}
-        return _rebuilt, (state, self._graph)
+        return _rebuilt, (state, flatten_graph(self._graph))
 
 
 def decides_on_training(graph: fx.Graph) -> bool:
@@ -188,13 +189,17 @@ def decides_on_training(graph: fx.Graph) -> bool:
     return False
 
 
-def _rebuilt(state: dict[str, Any], graph: fx.Graph) -> HyperConnectedModule:
-    return _restored(HyperConnectedModule.__new__(HyperConnectedModule), state, graph)
+def _variant(rows: list[tuple[Any, ...]]) -> Variant:
+    return Variant(unflatten_graph(rows))
+
+
+def _rebuilt(state: dict[str, Any], rows: list[tuple[Any, ...]]) -> HyperConnectedModule:
+    return _restored(HyperConnectedModule.__new__(HyperConnectedModule), state, unflatten_graph(rows))
 
 
 def _restored(new: HyperConnectedModule, state: dict[str, Any], graph: fx.Graph) -> HyperConnectedModule:
     nn.Module.__init__(new)
-    new.__dict__.update(state)
+    new.__dict__.update(state, _tracer_cls=None, _tracer_extras={})
     new.graph = graph
     type(new).__name__ = type(state["_original"]).__name__
     return new

@@ -42,6 +42,7 @@ INTERNAL_FILES = (
     *(
         os.path.join(os.path.dirname(torch.__file__), *part.split("/"))
         for part in (
+            "__init__.py",
             "fx/",
             "overrides.py",
             "_tensor.py",
@@ -95,6 +96,7 @@ class ValueTracer(fx.Tracer):
         self.reads_training = False
         self._paths = [""]
         self._known: dict[Any, ValueProxy] = {}
+        self._decided: set[Any] = set()
         self._aliases: dict[int, list[weakref.ref[ValueProxy]]] = {}
         self._context = _context_state()
 
@@ -178,6 +180,8 @@ class ValueTracer(fx.Tracer):
         value, changed = self._evaluate(kind, target, args, kwargs)
         node = self.create_node(kind, target, node_args, node_kwargs, name, type_expr)
         if value is None:
+            if target in (operator.getitem, getattr):
+                self._record(guards.check_equal, node, None)
             return None
         proxy = self._proxy_of(node, value)
         if key is not None and _hashable(key):
@@ -200,15 +204,17 @@ class ValueTracer(fx.Tracer):
 
     def record_decision(self, proxy: ValueProxy, check: Any, *expected: Any) -> None:
         """Record that the code decided on ``proxy``'s value."""
-        if self.evaluating:
+        if not self.evaluating:
+            self._record(check, proxy.node, *expected)
+
+    def _record(self, check: Any, node: fx.Node, *expected: Any) -> None:
+        key = (check, node, *expected)
+        if key in self._decided:
             return
-        key = (check, proxy.node, *expected)
-        if key in self._known:
-            return
-        self._known[key] = proxy
+        self._decided.add(key)
         frame = user_frame()
         where = "an unknown line" if frame is None else f"{_short(frame[0])}:{frame[1]}"
-        self.create_node("call_function", check, (proxy.node, *expected, where), {})
+        self.create_node("call_function", check, (node, *expected, where), {})
 
     def refuse_in_submodule(self, reason: str) -> None:
         """Leave the module that is being traced a leaf, unless it is the root."""

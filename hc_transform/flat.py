@@ -1,0 +1,51 @@
+"""Graphs as flat data, for pickling: a linked list of nodes would recurse once per node."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import fx
+
+KEPT_META = ("hc_module", "hc_location", "stack_trace")
+
+
+class NodeRef(NamedTuple):
+    """Stands for the node at a place of the list."""
+
+    index: int
+
+
+def flatten_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
+    """Return a graph as a list of (op, name, target, args, kwargs, meta)."""
+    index = {node: i for i, node in enumerate(graph.nodes)}
+    rows = []
+    for node in graph.nodes:
+        args, kwargs = (_replaced(a, fx.Node, lambda n: NodeRef(index[n])) for a in (node.args, node.kwargs))
+        meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+        rows.append((node.op, node.name, node.target, args, kwargs, meta))
+    return rows
+
+
+def unflatten_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
+    """Return the graph that :func:`flatten_graph` made the list from."""
+    graph, nodes = fx.Graph(), []
+    for op, name, target, args, kwargs, meta in rows:
+        args, kwargs = (_replaced(a, NodeRef, lambda ref: nodes[ref.index]) for a in (args, kwargs))
+        node = graph.create_node(op, target, args, kwargs, name)
+        node.meta.update(meta)
+        nodes.append(node)
+    return graph
+
+
+def _replaced(value: Any, kind: type, replace: Any) -> Any:
+    if isinstance(value, kind):
+        return replace(value)
+    if isinstance(value, slice):
+        return slice(*(_replaced(v, kind, replace) for v in (value.start, value.stop, value.step)))
+    if isinstance(value, dict):
+        return {key: _replaced(v, kind, replace) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_replaced(v, kind, replace) for v in value]
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_replaced(v, kind, replace) for v in value)
+    return value
