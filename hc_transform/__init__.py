@@ -7,8 +7,8 @@ from .convert import convert, plan
 from .errors import (
     DecisionChanged,
     HCTransformError,
-    NothingToConvert,
     NotEquivalent,
+    NothingToConvert,
     PatternError,
     TraceError,
     UnsupportedModel,

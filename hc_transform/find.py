@@ -188,9 +188,7 @@ class _Finder:
         scales: dict[str, Any],
     ) -> Residual:
         region = frozenset(node for term in branch for node in self._region(base[0], term))
-        return Residual(
-            "", module_of(add), location_of(add), add, base[0], base[1], branch, region, absorbed, **scales
-        )
+        return Residual("", module_of(add), location_of(add), add, base[0], base[1], branch, region, absorbed, **scales)
 
     def _base(self, skip: fx.Node, branch: list[fx.Node]) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
         """Return the value behind ``skip`` that all of ``branch`` is computed from, and the way to it."""
@@ -247,10 +245,14 @@ class _Finder:
                 return _skip(add, Reason.SHAPES_DIFFER, f"{_shape_text(skip)} and {_shape_text(branch)}")
         for node in (a, b):
             if self.kinds.is_constant(node):
-                return _skip(add, Reason.INDEPENDENT, f"{node.target if node.op == 'get_attr' else node.name} is constant")
+                return _skip(
+                    add, Reason.INDEPENDENT, f"{node.target if node.op == 'get_attr' else node.name} is constant"
+                )
         for skip, branch in ((a, b), (b, a)):
             source, mixed = skip, False
-            while len(data := [n for n in source.all_input_nodes if is_tensor(n) and not self.kinds.is_constant(n)]) == 1:
+            while (
+                len(data := [n for n in source.all_input_nodes if is_tensor(n) and not self.kinds.is_constant(n)]) == 1
+            ):
                 mixed = mixed or self.kinds.of(source) is Kind.MIX
                 source = data[0]
                 if self.ancestors[branch] >> self.number[source] & 1:

@@ -12,7 +12,7 @@ KEPT_META = ("hc_module", "hc_location", "stack_trace")
 class NodeRef(NamedTuple):
     """Stands for the node at a place of the list."""
 
-    index: int
+    place: int
 
 
 def flatten_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
@@ -28,9 +28,10 @@ def flatten_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
 
 def unflatten_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
     """Return the graph that :func:`flatten_graph` made the list from."""
-    graph, nodes = fx.Graph(), []
+    graph = fx.Graph()
+    nodes: list[fx.Node] = []
     for op, name, target, args, kwargs, meta in rows:
-        args, kwargs = (_replaced(a, NodeRef, lambda ref: nodes[ref.index]) for a in (args, kwargs))
+        args, kwargs = (_replaced(a, NodeRef, lambda ref: nodes[ref.place]) for a in (args, kwargs))
         node = graph.create_node(op, target, args, kwargs, name)
         node.meta.update(meta)
         nodes.append(node)

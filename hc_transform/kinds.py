@@ -34,14 +34,14 @@ RANDOMS = frozenset(
 )
 MOVES = frozenset(
     "view reshape permute transpose transpose_ flatten unflatten squeeze unsqueeze movedim moveaxis swapaxes swapdims "
-    "t T mT view_as reshape_as roll flip rot90 expand expand_as repeat tile repeat_interleave pad getitem select narrow "
-    "chunk split tensor_split unbind cat concat concatenate stack pixel_shuffle pixel_unshuffle channel_shuffle "
+    "t T mT view_as reshape_as roll flip rot90 expand expand_as repeat tile repeat_interleave pad getitem select "
+    "narrow chunk split tensor_split unbind cat concat concatenate stack pixel_shuffle pixel_unshuffle channel_shuffle "
     "fold unfold rearrange set_item index_select gather as_strided constant_pad_nd".split()
 )
 POINTWISES = frozenset(
-    "add add_ iadd radd sub sub_ isub rsub mul mul_ imul multiply div div_ truediv itruediv true_divide neg neg_ pow pow_ "
-    "ipow square sqrt rsqrt exp exp_ expm1 log log1p log2 abs sin cos tan tanh tanh_ sigmoid sigmoid_ relu relu_ relu6 "
-    "gelu silu silu_ mish elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardsigmoid_ "
+    "add add_ iadd radd sub sub_ isub rsub mul mul_ imul multiply div div_ truediv itruediv true_divide neg neg_ pow "
+    "pow_ ipow square sqrt rsqrt exp exp_ expm1 log log1p log2 abs sin cos tan tanh tanh_ sigmoid sigmoid_ relu relu_ "
+    "relu6 gelu silu silu_ mish elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardsigmoid_ "
     "hardtanh hardtanh_ softplus softsign logsigmoid prelu rrelu threshold erf clamp clamp_ clip clamp_min clamp_max "
     "maximum minimum where masked_fill masked_fill_ nan_to_num nan_to_num_ reciprocal sign floor ceil round trunc "
     "addcmul addcmul_ addcdiv lerp eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or "

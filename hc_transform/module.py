@@ -66,6 +66,7 @@ class HyperConnectedModule(fx.GraphModule):
     """
 
     hc_report: Report
+    _run_graph: Callable[..., Any]
 
     def __init__(
         self,

@@ -213,7 +213,7 @@ def _way_back(start: fx.Node, adds: Mapping[fx.Node, Residual], kinds: Kinds) ->
 def carried_operands(node: fx.Node, kinds: Kinds) -> list[fx.Node]:
     """Return the operands of ``node`` that may be streams; none if it is a boundary."""
     kind = kinds.of(node)
-    data = [a for a in node.args if is_tensor(a) and not kinds.is_constant(a)]
+    data = [a for a in node.args if isinstance(a, fx.Node) and is_tensor(a) and not kinds.is_constant(a)]
     if node.op == "call_method" and data[:1] != list(node.args[:1]):
         return []  # a method of another tensor
     if len([n for n in node.all_input_nodes if is_tensor(n) and not kinds.is_constant(n)]) != len(data):
@@ -268,9 +268,7 @@ def _refuse_nonlinear(trunks: Sequence[Trunk], kinds: Kinds) -> None:
             )
 
 
-def feature_axis(
-    residual: Residual, graph: fx.Graph, modules: Mapping[str, nn.Module]
-) -> tuple[int, int | None]:
+def feature_axis(residual: Residual, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
     """Return the feature axis of a residual's value, -1 or 1, and its size (None if unknown).
 
     The first layer of the branch tells: a convolution or batch norm has its features on axis 1,
@@ -299,7 +297,7 @@ def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
         return 1, module.num_channels
     if type(module) is nn.Linear:
         return -1, module.in_features
-    if type(module) in (nn.LayerNorm, nn.RMSNorm):
+    if type(module) is nn.LayerNorm or type(module) is nn.RMSNorm:
         return -1, module.normalized_shape[-1]
     if type(module) is nn.MultiheadAttention:
         return -1, module.embed_dim

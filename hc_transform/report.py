@@ -72,9 +72,7 @@ class Report:
         return {**asdict(self), "parameters": self.parameters}
 
     def __str__(self) -> str:
-        rows = [
-            (r.name, _short(r.location), r.trunk, r.streams, r.connection, r.parameters) for r in self.converted
-        ]
+        rows = [(r.name, _short(r.location), r.trunk, r.streams, r.connection, r.parameters) for r in self.converted]
         parts = []
         if rows:
             headers = ("residual", "location", "trunk", "streams", "connection", "parameters")
@@ -83,8 +81,8 @@ class Report:
             parts.append(tabulate(_merged(self.skipped), headers=("not converted", "location", "adds", "reason")))
         trunks = len({r.trunk for r in self.converted})
         parts.append(
-            f"{len(self.converted)} residuals on {trunks} trunks converted, {len(self.skipped)} adds left as they were, "
-            f"{self.parameters:,} new parameters."
+            f"{len(self.converted)} residuals on {trunks} trunks converted, {len(self.skipped)} adds left as they "
+            f"were, {self.parameters:,} new parameters."
         )
         parts += self.notes
         return "\n\n".join(parts)
@@ -104,7 +102,15 @@ def report_of(
             options = plan.options
             records.append(
                 Record(
-                    r.name, r.module, r.location, True, None, trunk.index, options.num_streams, options.connection, count
+                    r.name,
+                    r.module,
+                    r.location,
+                    True,
+                    None,
+                    trunk.index,
+                    options.num_streams,
+                    options.connection,
+                    count,
                 )
             )
     for s in plan.skipped:

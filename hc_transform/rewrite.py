@@ -107,9 +107,7 @@ def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
 class _TrunkRewriter:
     """Rewrite one trunk. Nodes of the plan's graph are looked up in ``copies``."""
 
-    def __init__(
-        self, graph: fx.Graph, copies: dict[fx.Node, fx.Node], trunk: Trunk, kinds: Kinds, plan: Plan
-    ) -> None:
+    def __init__(self, graph: fx.Graph, copies: dict[fx.Node, fx.Node], trunk: Trunk, kinds: Kinds, plan: Plan) -> None:
         self.graph = graph
         self.copies = copies
         self.trunk = trunk

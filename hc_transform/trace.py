@@ -131,7 +131,8 @@ def may_add(module: nn.Module) -> bool:
     own = module.__dict__.get("forward")
     if own is not None and _adds(getattr(own, "__func__", own)):
         return True
-    return _class_adds(type(module))
+    cls: Any = type(module)
+    return _class_adds(cls)
 
 
 @functools.cache

@@ -89,7 +89,10 @@ class ValueTracer(fx.Tracer):
     def __init__(
         self, inline: frozenset[str], inputs: Mapping[str, Any], wrap_functions: tuple[Callable[..., Any], ...] = ()
     ) -> None:
-        super().__init__(autowrap_modules=(math, einops), autowrap_functions=wrap_functions)
+        super().__init__(
+            autowrap_modules=(math, einops),  # type: ignore[arg-type]
+            autowrap_functions=wrap_functions,
+        )
         self.inline = inline
         self.inputs = inputs
         self.evaluating = False
@@ -163,7 +166,15 @@ class ValueTracer(fx.Tracer):
     # -- recording
 
     def create_proxy(
-        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None, *_: Any, **__: Any
+        self,
+        kind: str,
+        target: Any,
+        args: Any,
+        kwargs: Any,
+        name: Any = None,
+        type_expr: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> Any:
         """Run the operation on the example values and record it."""
         if _context_state() != self._context:
@@ -190,7 +201,9 @@ class ValueTracer(fx.Tracer):
             self._rebind(tensor, node, returned=value is tensor)
         return proxy
 
-    def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None) -> fx.Node:
+    def create_node(
+        self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
+    ) -> fx.Node:
         """Record a node with the module path and the user's line it comes from."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         node.meta["hc_module"] = self._paths[-1]

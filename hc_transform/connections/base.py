@@ -82,6 +82,7 @@ class Connection(nn.Module):
         return tuple(entry.unsqueeze(self.feature_axis) for entry in entries)
 
     def extra_repr(self) -> str:
+        """Return the settings for the printout of the module."""
         parts = [f"num_streams={self.num_streams}", f"index={self.index}", f"init={self.init!r}"]
         if self.needs_dim:
             parts.insert(1, f"dim={self.dim}, feature_axis={self.feature_axis}")
