@@ -13,11 +13,6 @@ from torch import fx, nn
 from .kinds import MOVES, Kind, Kinds, is_tensor, name_of, shape_of
 
 ADDS = frozenset({"add", "add_", "iadd", "radd"})
-# Moves that keep every element, so that a skip may pass through them.
-RESHAPES = frozenset(
-    "view reshape permute transpose flatten unflatten squeeze unsqueeze movedim moveaxis swapaxes swapdims t view_as "
-    "reshape_as rearrange".split()
-)
 
 
 class Reason(enum.Enum):
@@ -91,7 +86,7 @@ class Findings:
 def find_residuals(gm: fx.GraphModule) -> Findings:
     """Find the residual adds of a traced graph.
 
-    An add is one when one operand is, through transparent, scaling or reshaping operations, a
+    An add is one when one operand is, through transparent or scaling operations, a
     value that the other was computed from, the shapes agree, and on the way from that value to
     the other operand something more than pointwise arithmetic happens.
 
@@ -208,14 +203,11 @@ class _Finder:
             skip, ops = source, (skip, *ops)
 
     def _passed_through(self, node: fx.Node) -> fx.Node | None:
-        """Return the tensor that ``node`` passes on, scaled or reshaped; None for anything else."""
+        """Return the tensor that ``node`` passes on, perhaps scaled; None for anything else."""
         kind = self.kinds.of(node)
         data = [n for n in node.all_input_nodes if is_tensor(n) and not self.kinds.is_constant(n)]
         if len(data) != 1 or not node.args or data[0] not in node.args:
             return None
-        if kind is Kind.MOVE:
-            moved = node.op == "call_module" or name_of(node) in RESHAPES
-            return data[0] if moved else None
         plus_number = name_of(node) in ADDS and len(node.all_input_nodes) == 1
         return data[0] if kind in (Kind.IDENTITY, Kind.SCALE, Kind.RANDOM) or plus_number else None
 
@@ -249,13 +241,16 @@ class _Finder:
                     add, Reason.INDEPENDENT, f"{node.target if node.op == 'get_attr' else node.name} is constant"
                 )
         for skip, branch in ((a, b), (b, a)):
-            source, mixed = skip, False
+            source, mixed, moved = skip, False, False
             while (
                 len(data := [n for n in source.all_input_nodes if is_tensor(n) and not self.kinds.is_constant(n)]) == 1
             ):
                 mixed = mixed or self.kinds.of(source) is Kind.MIX
+                moved = moved or self.kinds.of(source) is Kind.MOVE
                 source = data[0]
                 if self.ancestors[branch] >> self.number[source] & 1:
+                    if moved and not mixed:
+                        return _skip(add, Reason.SHAPES_DIFFER, "the skip is reshaped or sliced")
                     return _skip(add, Reason.PROJECTION if mixed else Reason.POINTWISE_BRANCH)
         return _skip(add, Reason.INDEPENDENT)
 

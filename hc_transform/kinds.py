@@ -41,11 +41,11 @@ MOVES = frozenset(
 POINTWISES = frozenset(
     "add add_ iadd radd sub sub_ isub rsub mul mul_ imul multiply div div_ truediv itruediv true_divide neg neg_ pow "
     "pow_ ipow square sqrt rsqrt exp exp_ expm1 log log1p log2 abs sin cos tan tanh tanh_ sigmoid sigmoid_ relu relu_ "
-    "relu6 gelu silu silu_ mish elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid hardsigmoid_ "
-    "hardtanh hardtanh_ softplus softsign logsigmoid prelu rrelu threshold erf clamp clamp_ clip clamp_min clamp_max "
-    "maximum minimum where masked_fill masked_fill_ nan_to_num nan_to_num_ reciprocal sign floor ceil round trunc "
-    "addcmul addcmul_ addcdiv lerp eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or "
-    "fill_ copy_ zeros_like ones_like full_like new_empty new_ones new_zeros new_full glu detach_".split()
+    "relu6 gelu silu silu_ mish elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid "
+    "hardsigmoid_ hardtanh hardtanh_ softplus softsign logsigmoid prelu rrelu erf clamp clamp_ clip clamp_min "
+    "clamp_max maximum minimum where masked_fill masked_fill_ nan_to_num nan_to_num_ reciprocal sign floor ceil round "
+    "trunc addcmul addcmul_ addcdiv lerp eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or "
+    "threshold fill_ copy_ zeros_like ones_like full_like new_empty new_ones new_zeros new_full glu detach_".split()
 )
 REDUCES = frozenset("mean sum var std var_mean std_mean norm vector_norm amax amin logsumexp".split())
 NORMS = frozenset("layer_norm rms_norm group_norm batch_norm instance_norm normalize local_response_norm".split())

@@ -97,7 +97,7 @@ class HyperConnectedModule(fx.GraphModule):
         code = super().recompile()
         cls: Any = type(self)
         cls._run_graph = cls.forward
-        self._seen_shapes: set[Any] = set()
+        self._seen_inputs: set[Any] = set()
         self._late_decisions = _decides_late(self._graph)
 
         @functools.wraps(cls.forward)
@@ -114,16 +114,15 @@ class HyperConnectedModule(fx.GraphModule):
 
     def _run_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the graph; if it stops half-way at a changed decision, undo what it did to the state."""
-        shapes = tuple(x.shape for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor))
-        key = (shapes, self.training)
-        if key in self._seen_shapes:
+        key = (self.training, *map(_kind_of_input, pytree.tree_leaves((args, kwargs))))
+        if key in self._seen_inputs:
             return self._run_graph(*args, **kwargs)
         before = [(buffer, buffer.detach().clone()) for buffer in self.buffers()]
         devices = {p.device for p in self.parameters() if p.device.type == "cuda"}
         cpu_state, cuda_states = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
         try:
             output = self._run_graph(*args, **kwargs)
-            self._seen_shapes.add(key)
+            self._seen_inputs.add(key)
             return output
         except DecisionChanged as change:
             with torch.no_grad():
@@ -204,6 +203,13 @@ def _restored(new: HyperConnectedModule, state: dict[str, Any], graph: fx.Graph)
     new.graph = graph
     type(new).__name__ = type(state["_original"]).__name__
     return new
+
+
+def _kind_of_input(value: Any) -> Any:
+    """Return what decisions on an input may depend on: a tensor's shape, a constant itself."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.dtype
+    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
 
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:

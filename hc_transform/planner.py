@@ -109,14 +109,12 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     """
     kinds = Kinds(graph_module)
     active, skipped = _selected(findings.residuals, options)
+    if options.nested == "largest":
+        active, nested = _without_nested(active, kinds)
+        skipped += nested
     active, shared = _with_reads_of_their_own(active)
     skipped += shared
-    groups = _groups(active, kinds)
-    if options.nested == "largest":
-        groups, nested = _without_nested(groups)
-        skipped += nested
-        kept = {r.add for group in groups for r in group}
-        groups = _groups([r for r in active if r.add in kept], kinds)
+    groups = _split(_groups(active, kinds))
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     groups.sort(key=lambda group: order[group[0].add])
     trunks = tuple(Trunk(i, tuple(group), _carried(group, kinds)) for i, group in enumerate(groups))
@@ -159,16 +157,16 @@ def readers_of(residual: Residual) -> list[fx.Node]:
 
 
 def _with_reads_of_their_own(residuals: list[Residual]) -> tuple[list[Residual], list[Skipped]]:
-    """Leave out residuals whose branch begins within another's on the same value."""
-    taken: set[tuple[fx.Node, fx.Node]] = set()
-    kept, skipped = [], []
+    """Leave out residuals whose branch begins within another's on the same value, side by side."""
+    kept: list[Residual] = []
+    skipped: list[Skipped] = []
     for residual in residuals:
-        own = {(residual.skip, reader) for reader in readers_of(residual)} - taken
-        if own or not readers_of(residual):
-            kept.append(residual)
-            taken |= own
-        else:
+        beside = [k for k in kept if k.skip is residual.skip and not _nest([k], [residual])]
+        taken = {reader for other in beside for reader in readers_of(other)}
+        if set(readers_of(residual)) <= taken:
             skipped.append(_as_skipped(residual, Reason.SHARED_READ))
+        else:
+            kept.append(residual)
     return kept, skipped
 
 
@@ -229,24 +227,27 @@ def carried_operands(node: fx.Node, kinds: Kinds) -> list[fx.Node]:
     return data
 
 
-def _without_nested(groups: list[list[Residual]]) -> tuple[list[list[Residual]], list[Skipped]]:
-    """Keep, of groups that nest or cross, the one with the most residuals, the outer one of equals."""
+def _split(groups: list[list[Residual]]) -> list[list[Residual]]:
+    """Give each residual that lies around others of its group a group of its own."""
     separate: list[list[Residual]] = []
     for group in groups:
         around = [r for r in group if any(other.add in r.region for other in group if other is not r)]
-        separate.append([r for r in group if r not in around])
-        separate += [[r] for r in around]
-    separate = [group for group in separate if group]
-    separate.sort(key=lambda g: (-len(g), -sum(len(r.region) for r in g)))
+        separate += [[r for r in group if r not in around], *([r] for r in around)]
+    return [group for group in separate if group]
+
+
+def _without_nested(residuals: list[Residual], kinds: Kinds) -> tuple[list[Residual], list[Skipped]]:
+    """Keep, of groups that nest or cross, the one with the most residuals, the outer one of equals."""
     kept: list[list[Residual]] = []
     skipped: list[Skipped] = []
-    for group in separate:
+    for group in sorted(_split(_groups(residuals, kinds)), key=lambda g: (-len(g), -sum(len(r.region) for r in g))):
         rival = next((k for k in kept if _nest(k, group)), None)
         if rival is None:
             kept.append(group)
         else:
             skipped += [_as_skipped(r, Reason.NESTED, f"the trunk of {rival[0].name} has {len(rival)}") for r in group]
-    return kept, skipped
+    adds = {r.add for group in kept for r in group}
+    return [r for r in residuals if r.add in adds], skipped
 
 
 def _nest(one: Sequence[Residual], other: Sequence[Residual]) -> bool:

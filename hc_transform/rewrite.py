@@ -98,8 +98,9 @@ def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
     output = gm.graph.output_node()
     graph.output(result).meta.update(output.meta)
     kinds = Kinds(gm)
-    for trunk in plan.trunks:
-        _TrunkRewriter(graph, copies, trunk, kinds, plan).run()
+    outer_reads: list[tuple[Residual, fx.Node]] = []
+    for trunk in sorted(plan.trunks, key=lambda t: -max(len(r.region) for r in t.residuals)):  # outer before inner
+        _TrunkRewriter(graph, copies, trunk, kinds, plan, outer_reads).run()
     log.info("rewrote %d residuals on %d trunks", len(plan.residuals), len(plan.trunks))
     return graph
 
@@ -107,12 +108,21 @@ def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
 class _TrunkRewriter:
     """Rewrite one trunk. Nodes of the plan's graph are looked up in ``copies``."""
 
-    def __init__(self, graph: fx.Graph, copies: dict[fx.Node, fx.Node], trunk: Trunk, kinds: Kinds, plan: Plan) -> None:
+    def __init__(
+        self,
+        graph: fx.Graph,
+        copies: dict[fx.Node, fx.Node],
+        trunk: Trunk,
+        kinds: Kinds,
+        plan: Plan,
+        outer_reads: list[tuple[Residual, fx.Node]],
+    ) -> None:
         self.graph = graph
         self.copies = copies
         self.trunk = trunk
         self.kinds = kinds
         self.options = plan.options
+        self.outer_reads = outer_reads  # reads of the trunks around this one
         self.streams: dict[fx.Node, fx.Node] = {}  # trunk value (in the plan's graph) -> its streams
         self.reads: dict[fx.Node, fx.Node] = {}  # trunk value -> a read of it
         self.keys: dict[fx.Node, str] = {}  # trunk value -> key of the residual it comes from
@@ -148,7 +158,7 @@ class _TrunkRewriter:
             made = self._carry(value, source, self._streams_of(source, residual), self.copies[value])
             self.keys[value] = self.keys.get(source, key_of(residual.name))
         else:
-            node = self.copies[value]
+            node = self._value_for(residual)
             after = node
             while after.op == "placeholder" and after.next.op == "placeholder":
                 after = after.next
@@ -169,10 +179,18 @@ class _TrunkRewriter:
             read = self._new(ops.read, (streams, coefficients), f"{key}_read", residual.add)
         self._coefficients = coefficients
         self.reads.setdefault(residual.skip, read)
-        value = self.copies[residual.skip]
+        value = self._value_for(residual)
+        self.outer_reads.append((residual, read))
         for reader in readers_of(residual):
             if not is_shape_read(reader):
                 self.copies[reader].replace_input_with(value, read)
+
+    def _value_for(self, residual: Residual) -> fx.Node:
+        """Return the skip's value: inside the branch of another residual on the same value, that one's read."""
+        for outer, read in reversed(self.outer_reads):
+            if outer.skip is residual.skip and residual.add in outer.region:
+                return read
+        return self.copies[residual.skip]
 
     def _write(self, residual: Residual) -> None:
         add = self.copies[residual.add]
@@ -181,7 +199,7 @@ class _TrunkRewriter:
             streams, source = self._carry(op, source, streams, add), op
         with self.graph.inserting_before(add):
             if residual.skip_scale != 1:
-                streams = self._new(ops.carry, (operator.mul, streams, residual.skip_scale), None, residual.add)
+                streams = self._new(ops.carry, ("mul", streams, residual.skip_scale), None, residual.add)
             branch = self.copies[residual.branch[0]]
             for term in residual.branch[1:]:
                 branch = self.graph.call_function(operator.add, (branch, self.copies[term]))
@@ -210,7 +228,10 @@ class _TrunkRewriter:
                 carry = ops.carry_on_copies
             if position:
                 kwargs = {**kwargs, "position": position}
-            made = self._new(carry, (target, streams, *rest), f"{node.name}_streams", node)
+            if callable(target):
+                made = self._new(ops.CarriedFunction(target, carry), (streams, *rest), f"{node.name}_streams", node)
+            else:
+                made = self._new(carry, (target, streams, *rest), f"{node.name}_streams", node)
             made.kwargs = kwargs
         return made
 
@@ -248,5 +269,3 @@ def _locate(node: fx.Node, source: fx.Node) -> None:
     for key in ("hc_module", "hc_location", "stack_trace", "nn_module_stack"):
         if key in source.meta:
             node.meta[key] = source.meta[key]
-    if function_type := {ops.expand: tuple, ops.write: tuple, ops.carry: tuple}.get(node.target):  # type: ignore[arg-type]
-        node.meta["hc_type"] = function_type

@@ -87,6 +87,19 @@ def carry(
     return tuple(_apply(op, stream, args, position, kwargs) for stream in streams)
 
 
+class CarriedFunction:
+    """A function as carried by streams, ``carry_gelu(streams)``: generated code can name it."""
+
+    def __init__(self, function: Callable[..., Tensor], carry: Callable[..., Streams]) -> None:
+        self.function = function
+        self.carry = carry
+        self.__name__ = self.__qualname__ = f"{carry.__name__}_{function.__name__}"
+
+    def __call__(self, streams: Sequence[Tensor], *args: Any, **kwargs: Any) -> Streams:
+        """Apply the function to every stream."""
+        return self.carry(self.function, streams, *args, **kwargs)
+
+
 def carry_on_copies(
     op: Callable[..., Tensor] | str,
     streams: Sequence[Tensor],

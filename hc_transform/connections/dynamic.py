@@ -49,9 +49,7 @@ class DynamicConnection(StaticConnection):
         projection = full_precision(self.projection)
         pre, post, res = [], [], []
         for stream in streams:
-            x = full_precision(stream).movedim(self.feature_axis, -1)  # (..., D)
-            inverse_rms = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
-            dynamic = torch.tanh((x @ projection) * inverse_rms)  # [..., n + 2]
+            dynamic = torch.tanh(self._project(full_precision(stream), projection))  # [..., n + 2]
             pre.append(dynamic[..., 0])
             post.append(dynamic[..., 1])
             res.append(dynamic[..., 2:])
@@ -61,3 +59,12 @@ class DynamicConnection(StaticConnection):
             h_post + scale_beta * torch.stack(post, -1),
             h_res + scale_alpha * torch.stack(res, -1),  # source j stacked last: [target, source]
         )
+
+    def _project(self, x: Tensor, projection: Tensor) -> Tensor:
+        """Return ``norm(x) @ projection``: (..., D) or (B, D, ...) to [..., n + 2]."""
+        if self.feature_axis in (-1, x.dim() - 1):
+            return (x @ projection) * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+        axis = self.feature_axis % x.dim()
+        x_flat = x.flatten(axis + 1)  # (B, D, S): channels first stay where they are in memory
+        projected = projection.t() @ x_flat * torch.rsqrt(x_flat.square().mean(-2, keepdim=True) + EPS)  # (B, n + 2, S)
+        return projected.transpose(-1, -2).unflatten(-2, x.shape[axis + 1 :])
