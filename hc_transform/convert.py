@@ -177,18 +177,16 @@ def refuse_unsupported(model: Any) -> None:
     """Raise UnsupportedModel for anything that is not a plain, unconverted module."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"convert takes an nn.Module, got {type(model).__name__}")
-    for module in model.modules():
-        if isinstance(module, HyperConnectedModule) or isinstance(
-            getattr(module, "_modules", {}).get(CONNECTIONS_NAME), nn.ModuleDict
-        ):
-            raise UnsupportedModel(
-                f"{type(model).__name__} is converted already: convert the original model, with other options, instead"
-            )
     wrapped = _wrapper(model)
     if wrapped:
         raise UnsupportedModel(
             f"the model is wrapped by {wrapped}: convert the model inside it first, and wrap the result afterwards"
         )
+    for module in model.modules():
+        if isinstance(module, HyperConnectedModule) or CONNECTIONS_NAME in dict(module.named_children()):
+            raise UnsupportedModel(
+                f"{type(model).__name__} is converted already: convert the original model, with other options, instead"
+            )
 
 
 def _wrapper(model: nn.Module) -> str | None:

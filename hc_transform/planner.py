@@ -33,7 +33,7 @@ class Options:
     """
 
     num_streams: int = 4
-    connection: str = "static"
+    connection: str = "dynamic"
     init: str = "paper"
     readout: str = "mean"
     include: tuple[str, ...] = ()

@@ -31,6 +31,18 @@ def set_item(x: Any, index: Any, value: Any) -> Any:
     return x
 
 
+class AppliedFunction:
+    """``function.apply`` of a custom autograd function, under a name that generated code can use."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = f"{function.__name__}_apply"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the function."""
+        return self.function.apply(*args, **kwargs)
+
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows its example value.
 

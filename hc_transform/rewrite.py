@@ -41,13 +41,15 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connect
     root._modules = dict(gm._modules)
     root.add_module(CONNECTIONS_NAME, connection_dict(connections))
     result = fx.GraphModule(root, graph, type(gm).__name__)
+    result.__dict__["_modules"] = root._modules
     result.graph.lint()
     return result
 
 
 def key_of(name: str) -> str:
     """Return a residual's name as a Python identifier: "blocks.0.attn" becomes "blocks_0_attn"."""
-    return re.sub(r"\W", "_", name)
+    key = re.sub(r"\W", "_", name)
+    return key if key.isidentifier() else f"_{key}"
 
 
 def connection_dict(connections: Mapping[str, Connection]) -> nn.ModuleDict:
@@ -78,16 +80,16 @@ def make_connections(plan: Plan) -> dict[str, Connection]:
                     f"({residual.location}), which is not known: give example inputs with args="
                 )
             connection = variant(options.num_streams, index=index, dim=dim, feature_axis=axis, init=options.init)
-            made[residual.name] = connection.to(_device(residual, modules))
+            like = _parameter_near(residual, modules)
+            made[residual.name] = connection.to(like.device, torch.promote_types(torch.float32, like.dtype))
     return made
 
 
-def _device(residual: Residual, modules: Mapping[str, nn.Module]) -> torch.device:
-    for node in residual.region:
-        if node.op == "call_module":
-            for parameter in modules[str(node.target)].parameters():
-                return parameter.device
-    return next((p.device for p in modules[""].parameters()), torch.device("cpu"))
+def _parameter_near(residual: Residual, modules: Mapping[str, nn.Module]) -> torch.Tensor:
+    """Return a floating-point parameter of the branch, for its device and dtype."""
+    branch = [modules[str(node.target)] for node in residual.region if node.op == "call_module"]
+    parameters = (p for module in (*branch, modules[""]) for p in module.parameters() if p.is_floating_point())
+    return next(parameters, torch.empty(0))
 
 
 def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
@@ -207,6 +209,7 @@ class _TrunkRewriter:
                 branch = self.graph.call_function(operator.mul, (branch, residual.branch_scale))
             key = key_of(residual.name)
             written = self._new(ops.write, (streams, branch, self._coefficients), f"{key}_write", residual.add)
+        written.meta["hc_residual"] = residual.name
         self.streams[residual.add] = written
         self.keys[residual.add] = key
 

@@ -110,6 +110,8 @@ def trace(
     _hoist_decisions(graph)
     _attach_constants(work)
     graph_module = fx.GraphModule(work, graph, type(model).__name__)
+    for name in ("_parameters", "_buffers", "_modules"):  # whole, not only what the graph refers to
+        graph_module.__dict__[name] = work.__dict__[name]
     graph.lint()
     return Trace(graph_module, inlined, opaque, tracer.reads_training, inputs is not None)
 

@@ -29,7 +29,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from . import guards
-from .proxy import UNKNOWN, ValueProxy, set_item
+from .proxy import UNKNOWN, AppliedFunction, ValueProxy
 
 FACTORIES = frozenset(
     "arange bartlett_window blackman_window empty eye full hamming_window hann_window kaiser_window linspace "
@@ -390,7 +390,7 @@ def _patched(tracer: ValueTracer) -> Iterator[None]:
             return function(*args, **kwargs)
         if cls is torch.utils.checkpoint.CheckpointFunction:
             checkpointed()
-        return tracer.create_proxy("call_function", function, args, kwargs)
+        return tracer.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
 
     def checkpointed(*_: Any, **__: Any) -> Any:
         if not tracer.evaluating:
@@ -481,4 +481,4 @@ def _attribute(root: nn.Module, target: str) -> Any:
     return value
 
 
-__all__ = ["CannotInline", "ValueTracer", "set_item", "user_frame"]
+__all__ = ["CannotInline", "ValueTracer", "user_frame"]

@@ -12,7 +12,6 @@ from torch.utils import _pytree as pytree
 
 from .errors import NotEquivalent
 from .planner import Plan
-from .rewrite import key_of
 from .structure import copy_inputs, state_restored
 
 # Relative to the largest absolute value of each output. Start "paper" is exact up to the rounding of
@@ -83,13 +82,12 @@ def first_difference(
 ) -> str | None:
     """Return a phrase that names the first residual whose readout is not the original's value."""
     adds = {r.add.name: r for r in plan.residuals}
-    writes = {f"{key_of(r.name)}_write": r for r in plan.residuals}
+    written = {n.meta["hc_residual"]: n.name for n in converted.graph.nodes if "hc_residual" in n.meta}
+    writes = {written[r.name]: r for r in plan.residuals}
     before = _values(plan.graph_module, set(adds), args, kwargs)
     after = _values(converted, set(writes), args, kwargs)
     originals = {r.name: before[add] for add, r in adds.items() if add in before}
     for node, residual in writes.items():
-        if node not in after or residual.name not in originals:
-            return f"the residual {residual.name} ({residual.location}) is not there"
         expected = originals[residual.name]
         mean = torch.stack([s.double() for s in after[node]]).mean(0)
         error = relative_error(mean, expected.double())

@@ -62,6 +62,8 @@ class DynamicConnection(StaticConnection):
 
     def _project(self, x: Tensor, projection: Tensor) -> Tensor:
         """Return ``norm(x) @ projection``: (..., D) or (B, D, ...) to [..., n + 2]."""
+        dtype = torch.promote_types(x.dtype, projection.dtype)
+        x, projection = x.to(dtype), projection.to(dtype)
         if self.feature_axis in (-1, x.dim() - 1):
             return (x @ projection) * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
         axis = self.feature_axis % x.dim()
