@@ -145,10 +145,7 @@ class _TrunkRewriter:
         """Return the nodes of the plan's graph whose work is done on streams from now on."""
         gone = set(self.trunk.carried)
         for residual in self.trunk.residuals:
-            gone.update((residual.add, *residual.absorbed))
-            for op in reversed(residual.skip_ops):
-                if all(user in gone for user in op.users):
-                    gone.add(op)
+            gone.update((residual.add, *residual.absorbed, *residual.skip_ops))
         return gone
 
     def _streams_of(self, value: fx.Node, residual: Residual) -> fx.Node:
@@ -198,7 +195,10 @@ class _TrunkRewriter:
         add = self.copies[residual.add]
         streams, source = self.streams[residual.skip], residual.skip
         for op in residual.skip_ops:
-            streams, source = self._carry(op, source, streams, add), op
+            if op not in self.streams:  # where it stands, so that random draws keep their order
+                self.streams[op] = self._carry(op, source, streams, self.copies[op])
+                self.keys[op] = key_of(residual.name)
+            streams, source = self.streams[op], op
         with self.graph.inserting_before(add):
             if residual.skip_scale != 1:
                 streams = self._new(ops.carry, ("mul", streams, residual.skip_scale), None, residual.add)

@@ -88,6 +88,9 @@ SPELLINGS = {
     "both scaled": lambda x, f, i: f * 0.3 + x * 0.7,
     "in place on the branch": lambda x, f, i: f.mul_(0.5).add_(x),
     "dropout on the skip": lambda x, f, i: nn.functional.dropout(x, 0.5, True) + f,
+    "dropout on the skip before the branch's": lambda x, f, i: (
+        nn.functional.dropout(x, 0.5, True) + nn.functional.dropout(f, 0.5, True)
+    ),
     "activation after": lambda x, f, i: torch.relu(x + f),
     "position between": lambda x, f, i: x + f + torch.ones(8),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import operator
 import re
 
 import pytest
@@ -235,16 +236,17 @@ def _drop_branch(gm):
     write.args = (write.args[0], read, write.args[2])
 
 
-def _wrong_coefficients(gm):
-    """Double what the second residual writes to one of the streams."""
-    with torch.no_grad():
-        gm.hyper_connections.get_submodule("_0_fs_1").h_post[2] *= 2
+def _swap_within(gm):
+    """Let a write see two of its streams exchanged: equal at the start, wrong as soon as they differ."""
+    write = [n for n in gm.graph.nodes if n.name.endswith("_write")][1]
+    with gm.graph.inserting_before(write):
+        items = [gm.graph.call_function(operator.getitem, (write.args[0], i)) for i in (1, 0, 2, 3)]
+    write.args = (tuple(items), *write.args[1:])
 
 
 MUTATIONS = {
     "a swapped stream": _swap_streams,
     "a dropped branch": _drop_branch,
-    "wrong coefficients": _wrong_coefficients,
 }
 
 
