@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from .kinds import MOVES, Kind, Kinds, is_tensor, name_of, shape_of
+from .kinds import Kind, Kinds, is_tensor, name_of, shape_of
 
 ADDS = frozenset({"add", "add_", "iadd", "radd"})
 
@@ -330,6 +330,3 @@ def _branch_path(residual: Residual, modules: dict[str, nn.Module]) -> str:
         if (numel, path) > (size, best):
             best, size = path, numel
     return best
-
-
-__all__ = ["MOVES", "Findings", "Reason", "Residual", "Skipped", "find_residuals"]

@@ -78,6 +78,3 @@ def _source_of(cls: type) -> str:
         return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
     except (OSError, TypeError):
         return "unknown location"
-
-
-__all__ = ["Analysis", "analyse"]

@@ -307,6 +307,3 @@ def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
 
 def _as_skipped(residual: Residual, reason: Reason, detail: str = "") -> Skipped:
     return Skipped(residual.name, residual.module, residual.location, reason, detail)
-
-
-__all__ = ["Options", "Plan", "Trunk", "carried_operands", "feature_axis", "make_plan", "readers_of"]

@@ -31,6 +31,18 @@ def set_item(x: Any, index: Any, value: Any) -> Any:
     return x
 
 
+class CannotInline(Exception):
+    """A module's code cannot be traced; it is to stay a leaf.
+
+    ``path`` is the module's, the root's being "".
+    """
+
+    def __init__(self, path: str, cause: BaseException | str) -> None:
+        super().__init__(path, cause)
+        self.path = path
+        self.cause = cause
+
+
 class AppliedFunction:
     """``function.apply`` of a custom autograd function, under a name that generated code can use."""
 

@@ -17,10 +17,11 @@ import torch
 from torch import fx, nn
 
 from .errors import TraceError, UnsupportedModel
+from .frames import INTERNAL_FILES
 from .guards import CHECKS
-from .proxy import UNKNOWN
+from .proxy import UNKNOWN, CannotInline
 from .structure import clone_structure, copy_inputs, state_restored
-from .tracer import SHAPE_ATTRIBUTES, SHAPE_METHODS, CannotInline, ValueTracer
+from .tracer import SHAPE_ATTRIBUTES, SHAPE_METHODS, ValueTracer
 
 log = logging.getLogger("hc_transform")
 
@@ -228,8 +229,8 @@ def _root_error(model: nn.Module, failure: CannotInline, has_values: bool) -> Ex
 def _describe(cause: BaseException | str) -> str:
     if isinstance(cause, str):
         return cause
-    frames = [f for f in traceback.extract_tb(cause.__traceback__) if "/torch/" not in f.filename]
-    frames = [f for f in frames if "/hc_transform/hc_transform/" not in f.filename] or frames
+    every = list(traceback.extract_tb(cause.__traceback__))
+    frames = [f for f in every if not f.filename.startswith(INTERNAL_FILES)] or every
     where = f" at {frames[-1].filename.rsplit('/', 1)[-1]}:{frames[-1].lineno}" if frames else ""
     text = str(cause).strip().splitlines()
     return f"{type(cause).__name__}{where}: {text[0] if text else ''}"[:300]

@@ -8,14 +8,11 @@ operations rebind the proxies of the tensor they change; custom autograd functio
 
 from __future__ import annotations
 
-import builtins
 import contextlib
 import inspect
 import linecache
 import math
 import operator
-import os
-import sys
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -25,53 +22,15 @@ import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
-from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from . import guards
-from .proxy import UNKNOWN, AppliedFunction, ValueProxy
+from .frames import short_name, user_frame
+from .patches import is_constant, patched
+from .proxy import UNKNOWN, CannotInline, ValueProxy
 
-FACTORIES = frozenset(
-    "arange bartlett_window blackman_window empty eye full hamming_window hann_window kaiser_window linspace "
-    "logspace normal ones rand randint randn randperm tensor tril_indices triu_indices zeros".split()
-)
 SHAPE_METHODS = frozenset("size dim ndimension numel nelement stride is_floating_point is_complex get_device".split())
 SHAPE_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda is_sparse is_nested layout itemsize".split())
-# Frames of these files are not the user's code; what they do was asked for further up.
-INTERNAL_FILES = (
-    *(
-        os.path.join(os.path.dirname(torch.__file__), *part.split("/"))
-        for part in (
-            "__init__.py",
-            "fx/",
-            "overrides.py",
-            "_tensor.py",
-            "functional.py",
-            "nn/functional.py",
-            "nn/modules/module.py",
-            "nn/modules/container.py",
-            "_jit_internal.py",
-            "utils/",
-            "autograd/",
-        )
-    ),
-    os.path.dirname(os.path.abspath(__file__)) + os.sep,
-    os.path.dirname(einops.__file__) + os.sep,
-    contextlib.__file__,
-    "<",
-)
-
-
-class CannotInline(Exception):
-    """A module's code cannot be traced; it is to stay a leaf.
-
-    ``path`` is the module's, the root's being "".
-    """
-
-    def __init__(self, path: str, cause: BaseException | str) -> None:
-        super().__init__(path, cause)
-        self.path = path
-        self.cause = cause
 
 
 class ValueTracer(fx.Tracer):
@@ -108,7 +67,7 @@ class ValueTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Return the graph of ``root.forward``. Raises CannotInline with the module to blame."""
         try:
-            with _patched(self):
+            with patched(self):
                 return super().trace(root, concrete_args)
         except CannotInline:
             raise
@@ -146,7 +105,7 @@ class ValueTracer(fx.Tracer):
         default = () if parameter.default is parameter.empty else (parameter.default,)
         if value is parameter.empty:
             value = UNKNOWN
-        if value is UNKNOWN or not _is_constant(value):
+        if value is UNKNOWN or not is_constant(value):
             given: Any = self._placeholder(name, _plain(default), value)
             if default == (None,) and value is not UNKNOWN:
                 self.graph.call_function(guards.check_tensor_input, (given.node, name))
@@ -226,7 +185,7 @@ class ValueTracer(fx.Tracer):
             return
         self._decided.add(key)
         frame = user_frame()
-        where = "an unknown line" if frame is None else f"{_short(frame[0])}:{frame[1]}"
+        where = "an unknown line" if frame is None else f"{short_name(frame[0])}:{frame[1]}"
         self.create_node("call_function", check, (node, *expected, where), {})
 
     def refuse_in_submodule(self, reason: str) -> None:
@@ -350,87 +309,6 @@ class ValueTracer(fx.Tracer):
         return self._known[key]
 
 
-class _RecordCalls(TorchFunctionMode):
-    """Send every torch call of traced code to the tracer."""
-
-    def __init__(self, tracer: ValueTracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.tracer.evaluating:
-            return func(*args, **kwargs)
-        leaves = pytree.tree_leaves((args, kwargs))
-        name = getattr(func, "__name__", "")
-        traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
-        if not traced and not (name in FACTORIES and all(_is_constant(leaf) for leaf in leaves)):
-            return func(*args, **kwargs)
-        if isinstance(func, torch._C.ScriptMethod):
-            raise CannotInline(self.tracer._paths[-1], "it calls a scripted method")
-        with self:  # the mode is off while it handles a call; what follows may run user code
-            if is_tensor_method_or_property(func):
-                return self.tracer.create_proxy("call_method", name, args, kwargs)
-            return self.tracer.create_proxy("call_function", func, args, kwargs)
-
-
-@contextlib.contextmanager
-def _patched(tracer: ValueTracer) -> Iterator[None]:
-    """Let ``isinstance``, ``module.training`` and autograd functions see through proxies."""
-    plain_isinstance, plain_apply = builtins.isinstance, torch.autograd.Function.__dict__["apply"]
-
-    def value_isinstance(obj: Any, kinds: Any) -> bool:
-        if type(obj) is ValueProxy and not plain_isinstance(obj, kinds):
-            return obj.hc_value is not UNKNOWN and plain_isinstance(obj.hc_value, kinds) and kinds is not nn.Parameter
-        return plain_isinstance(obj, kinds)
-
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        function = plain_apply.__get__(None, cls)
-        if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
-            return function(*args, **kwargs)
-        if cls is torch.utils.checkpoint.CheckpointFunction:
-            checkpointed()
-        return tracer.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
-
-    def checkpointed(*_: Any, **__: Any) -> Any:
-        if not tracer.evaluating:
-            raise CannotInline(tracer._paths[-1], "it uses activation checkpointing; turn that off before converting")
-        return plain_checkpoint(*_, **__)
-
-    plain_checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
-    training = property(
-        lambda module: tracer.training_flag(module),
-        lambda module, mode: module.__dict__.__setitem__("training", mode),
-    )
-    builtins.isinstance = value_isinstance  # type: ignore[assignment]
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-    torch.utils.checkpoint._checkpoint_without_reentrant_generator = checkpointed
-    nn.Module.training = training  # type: ignore[assignment]
-    try:
-        with _RecordCalls(tracer):
-            yield
-    finally:
-        builtins.isinstance = plain_isinstance
-        torch.autograd.Function.apply = plain_apply  # type: ignore[method-assign]
-        torch.utils.checkpoint._checkpoint_without_reentrant_generator = plain_checkpoint
-        del nn.Module.training
-
-
-def user_frame() -> tuple[str, int, str] | None:
-    """Return (file, line, function) of the user's code that is running."""
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        filename = frame.f_code.co_filename
-        if not filename.startswith(INTERNAL_FILES):
-            return filename, frame.f_lineno, frame.f_code.co_name
-        frame = frame.f_back
-    return None
-
-
-def _short(filename: str) -> str:
-    return filename.rsplit("/", 1)[-1]
-
-
 def _context_state() -> tuple[Any, ...]:
     return (
         torch.is_grad_enabled(),
@@ -441,14 +319,8 @@ def _context_state() -> tuple[Any, ...]:
     )
 
 
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, (tuple, list)):
-        return all(_is_constant(v) for v in value)
-    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device))
-
-
 def _plain(default: tuple[Any, ...]) -> tuple[Any, ...]:
-    return default if all(_is_constant(value) for value in default) else (None,)
+    return default if all(is_constant(value) for value in default) else (None,)
 
 
 def _of_sizes(target: Any, args: Any) -> bool:
@@ -457,7 +329,7 @@ def _of_sizes(target: Any, args: Any) -> bool:
         return False
     leaves = pytree.tree_leaves(args)
     return any(type(a) is ValueProxy for a in leaves) and all(
-        isinstance(a.hc_value, (bool, int, float, torch.Size)) if type(a) is ValueProxy else _is_constant(a)
+        isinstance(a.hc_value, (bool, int, float, torch.Size)) if type(a) is ValueProxy else is_constant(a)
         for a in leaves
     )
 
@@ -479,6 +351,3 @@ def _attribute(root: nn.Module, target: str) -> Any:
     for atom in target.split("."):
         value = getattr(value, atom)
     return value
-
-
-__all__ = ["CannotInline", "ValueTracer", "user_frame"]

@@ -1,0 +1,51 @@
+"""Where in the user's code something happens."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import Any
+
+import einops
+import torch
+
+# Frames of these files are not the user's code; what they do was asked for further up.
+INTERNAL_FILES = (
+    *(
+        os.path.join(os.path.dirname(torch.__file__), *part.split("/"))
+        for part in (
+            "__init__.py",
+            "fx/",
+            "overrides.py",
+            "_tensor.py",
+            "functional.py",
+            "nn/functional.py",
+            "nn/modules/module.py",
+            "nn/modules/container.py",
+            "_jit_internal.py",
+            "utils/",
+            "autograd/",
+        )
+    ),
+    os.path.dirname(os.path.abspath(__file__)) + os.sep,
+    os.path.dirname(einops.__file__) + os.sep,
+    contextlib.__file__,
+    "<",
+)
+
+
+def user_frame() -> tuple[str, int, str] | None:
+    """Return (file, line, function) of the user's code that is running."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(INTERNAL_FILES):
+            return filename, frame.f_lineno, frame.f_code.co_name
+        frame = frame.f_back
+    return None
+
+
+def short_name(filename: str) -> str:
+    """Return a file's name without its folder."""
+    return filename.rsplit("/", 1)[-1]

@@ -1,0 +1,97 @@
+"""What is changed in Python and torch while a model is traced, and put back afterwards."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils import _pytree as pytree
+
+from .proxy import UNKNOWN, AppliedFunction, CannotInline, ValueProxy
+
+if TYPE_CHECKING:
+    from .tracer import ValueTracer
+
+FACTORIES = frozenset(
+    "arange bartlett_window blackman_window empty eye full hamming_window hann_window kaiser_window linspace "
+    "logspace normal ones rand randint randn randperm tensor tril_indices triu_indices zeros".split()
+)
+
+
+class _RecordCalls(TorchFunctionMode):
+    """Send every torch call of traced code to the tracer."""
+
+    def __init__(self, tracer: ValueTracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.tracer.evaluating:
+            return func(*args, **kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        name = getattr(func, "__name__", "")
+        traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
+        if not traced and not (name in FACTORIES and all(is_constant(leaf) for leaf in leaves)):
+            return func(*args, **kwargs)
+        if isinstance(func, torch._C.ScriptMethod):
+            raise CannotInline(self.tracer._paths[-1], "it calls a scripted method")
+        with self:  # the mode is off while it handles a call; what follows may run user code
+            if is_tensor_method_or_property(func):
+                return self.tracer.create_proxy("call_method", name, args, kwargs)
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+@contextlib.contextmanager
+def patched(tracer: ValueTracer) -> Iterator[None]:
+    """Let ``isinstance``, ``module.training`` and autograd functions see through proxies."""
+    plain_isinstance, plain_apply = builtins.isinstance, torch.autograd.Function.__dict__["apply"]
+
+    def value_isinstance(obj: Any, kinds: Any) -> bool:
+        if type(obj) is ValueProxy and not plain_isinstance(obj, kinds):
+            return obj.hc_value is not UNKNOWN and plain_isinstance(obj.hc_value, kinds) and kinds is not nn.Parameter
+        return plain_isinstance(obj, kinds)
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        function = plain_apply.__get__(None, cls)
+        if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
+            return function(*args, **kwargs)
+        if cls is torch.utils.checkpoint.CheckpointFunction:
+            checkpointed()
+        return tracer.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
+
+    def checkpointed(*_: Any, **__: Any) -> Any:
+        if not tracer.evaluating:
+            raise CannotInline(tracer._paths[-1], "it uses activation checkpointing; turn that off before converting")
+        return plain_checkpoint(*_, **__)
+
+    plain_checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    training = property(
+        lambda module: tracer.training_flag(module),
+        lambda module, mode: module.__dict__.__setitem__("training", mode),
+    )
+    builtins.isinstance = value_isinstance  # type: ignore[assignment]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
+    torch.utils.checkpoint._checkpoint_without_reentrant_generator = checkpointed
+    nn.Module.training = training  # type: ignore[assignment]
+    try:
+        with _RecordCalls(tracer):
+            yield
+    finally:
+        builtins.isinstance = plain_isinstance
+        torch.autograd.Function.apply = plain_apply  # type: ignore[method-assign]
+        torch.utils.checkpoint._checkpoint_without_reentrant_generator = plain_checkpoint
+        del nn.Module.training
+
+
+def is_constant(value: Any) -> bool:
+    """Whether a trace can hold ``value`` as it is."""
+    if isinstance(value, (tuple, list)):
+        return all(is_constant(v) for v in value)
+    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device))
