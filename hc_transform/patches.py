@@ -63,22 +63,25 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
             return function(*args, **kwargs)
         if cls is torch.utils.checkpoint.CheckpointFunction:
-            checkpointed()
+            checkpointed(function)
         return tracer.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
 
-    def checkpointed(*_: Any, **__: Any) -> Any:
-        if not tracer.evaluating:
-            raise CannotInline(tracer._paths[-1], "it uses activation checkpointing; turn that off before converting")
-        return plain_checkpoint(*_, **__)
+    def checkpointed(plain: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.evaluating:  # a leaf that runs for real
+            return plain(*args, **kwargs)
+        raise CannotInline(tracer._paths[-1], "it uses activation checkpointing; turn that off before converting")
 
-    plain_checkpoint = torch.utils.checkpoint._checkpoint_without_reentrant_generator
+    # checkpoint() is imported by name into user code, so what it calls is patched; the name varies by version.
+    generators = [n for n in vars(torch.utils.checkpoint) if n.startswith("_checkpoint_without_reentrant_generator")]
+    plain_checkpoints = {name: getattr(torch.utils.checkpoint, name) for name in generators}
     training = property(
         lambda module: tracer.training_flag(module),
         lambda module, mode: module.__dict__.__setitem__("training", mode),
     )
     builtins.isinstance = value_isinstance  # type: ignore[assignment]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-    torch.utils.checkpoint._checkpoint_without_reentrant_generator = checkpointed
+    for name, plain in plain_checkpoints.items():
+        setattr(torch.utils.checkpoint, name, lambda *a, _plain=plain, **k: checkpointed(_plain, *a, **k))
     nn.Module.training = training  # type: ignore[assignment]
     try:
         with _RecordCalls(tracer):
@@ -86,7 +89,8 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     finally:
         builtins.isinstance = plain_isinstance
         torch.autograd.Function.apply = plain_apply  # type: ignore[method-assign]
-        torch.utils.checkpoint._checkpoint_without_reentrant_generator = plain_checkpoint
+        for name, plain in plain_checkpoints.items():
+            setattr(torch.utils.checkpoint, name, plain)
         del nn.Module.training
 
 

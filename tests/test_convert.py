@@ -239,3 +239,43 @@ def test_two_passes_by_hand():
     x = rows(2)
     torch.testing.assert_close(rewritten(x), model(x))
     assert not hasattr(gm, "hyper_connections")
+
+
+class CarriesBatchNorm(nn.Module):
+    """A batch norm and stochastic depth on the trunk, between residuals."""
+
+    def __init__(self):
+        super().__init__()
+        self.f, self.g, self.h = (nn.Conv2d(4, 4, 3, padding=1) for _ in range(3))
+        self.norm, self.drop = nn.BatchNorm2d(4), nn.Dropout2d(0.5)
+
+    def forward(self, x):
+        x = self.norm(x + self.f(x))
+        x = self.drop(x + self.g(x))
+        return x + self.h(x)
+
+
+def test_batch_norm_and_dropout_on_the_trunk():
+    model = CarriesBatchNorm()
+    hc = hct.convert(model.train(), (images(4),))
+    assert {r.trunk for r in hc.hc_report.converted} == {0} and len(hc.hc_report.converted) == 3
+    check_preserved(model, hc, (images(4),), gradient_bound=1e-3)  # batch statistics over n times as many values
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.block, self.reentrant = ConvBlock(inplace=False), reentrant
+
+    def forward(self, x):
+        x = x + 1
+        return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing_is_refused_or_stays_whole(reentrant):
+    with pytest.raises(hct.UnsupportedModel, match="activation checkpointing"):
+        hct.convert(Checkpointed(reentrant), (images(2),))
+    hc = hct.convert(nn.Sequential(Checkpointed(reentrant), ConvBlock()), (images(2),))
+    assert [r.name for r in hc.hc_report.converted] == ["1"]
+    assert [r.name for r in hc.hc_report.skipped if "checkpointing" in r.reason] == ["0"]
