@@ -21,11 +21,17 @@ class Trunk:
         index: its number, in order of execution.
         residuals: its residuals, in order.
         carried: operations between them, each with the operand that is the trunk's value.
+        entry: the input of the graph that the trunk begins with, where it may come as streams.
+        exits: the outputs of the graph that go on as streams.
+        steps: how many graphs the streams have gone through after this one.
     """
 
     index: int
     residuals: tuple[Residual, ...]
     carried: Mapping[fx.Node, fx.Node]
+    entry: fx.Node | None = None
+    exits: tuple[fx.Node, ...] = ()
+    steps: int = 1
 
 
 class Passage:
