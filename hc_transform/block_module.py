@@ -37,6 +37,7 @@ from .trunks import Passage, Trunk
 log = logging.getLogger("hc_transform")
 
 RUNNER = "_hc_runner"
+BASE = "_hc_base"
 
 
 class BlockError(TraceError):
@@ -219,7 +220,8 @@ def _is_entry(node: fx.Node) -> bool:
 
 def install(block: nn.Module, runner: BlockRunner, modules: nn.ModuleDict) -> None:
     """Make ``block`` run ``runner``'s graphs, with the new ``modules`` under ``hyper_connections``."""
-    block.__class__ = block_class(type(block))
+    base: Any = type(block)
+    block.__class__ = block_class(base)
     block.__dict__[RUNNER] = runner
     block.add_module(CONNECTIONS_NAME, modules)
     for registry, before in ((block._forward_hooks, False), (block._forward_pre_hooks, True)):
@@ -230,7 +232,7 @@ def install(block: nn.Module, runner: BlockRunner, modules: nn.ModuleDict) -> No
 
 
 @functools.cache
-def block_class(base: type[nn.Module]) -> type[nn.Module]:
+def block_class(base: Any) -> Any:
     """Return the subclass of ``base`` whose instances run graphs; it goes by the same name."""
 
     @functools.wraps(base.forward)
@@ -265,13 +267,13 @@ def block_class(base: type[nn.Module]) -> type[nn.Module]:
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
-            "_hc_base": base,
+            BASE: base,
         },
     )
 
 
-def _remade(base: type[nn.Module]) -> nn.Module:
-    cls = block_class(base)
+def _remade(base: Any) -> Any:
+    cls: Any = block_class(base)
     return cls.__new__(cls)
 
 
@@ -296,7 +298,7 @@ def _as_leaf(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
 
 def original_of(block: nn.Module) -> nn.Module:
     """Return a structural copy of a converted block as it was: its class, without connections and hooks."""
-    base: Any = type(block)._hc_base
+    base: Any = getattr(type(block), BASE)
     shell = base.__new__(base)
     shell.__dict__.update(block.__dict__)
     for name, value in block.__dict__.items():

@@ -112,7 +112,7 @@ for _name in "add sub mul truediv floordiv mod pow matmul".split():
     setattr(TrunkValue, f"__r{_name}__", _reflected(getattr(operator, _name)))
 for _name in "lt le gt ge".split():
     setattr(TrunkValue, f"__{_name}__", _binary(getattr(operator, _name)))
-TrunkValue.__neg__ = lambda self: -self.read_out()  # type: ignore[attr-defined]
+setattr(TrunkValue, "__neg__", lambda self: -self.read_out())  # noqa: B010
 
 
 pytree.register_pytree_node(

@@ -204,7 +204,7 @@ def _convert_blocks(
     counted = {id(p): p.numel() for m in modules.values() for p in m.parameters()}
     ours = {id(p): p.numel() for m in connections.values() for p in m.parameters()}
     report = report_of(plan, connections, error, tuple(notes), sum(counted.values()) - sum(ours.values()))
-    converted.hc_report = report
+    converted.__dict__["hc_report"] = report
     return converted
 
 

@@ -68,7 +68,7 @@ def convert_blocks(
     *,
     share_calls: bool,
     inplace: bool,
-) -> tuple[nn.Module, BlocksPlan, Tape, dict[str, nn.Module]]:
+) -> tuple[nn.Module, BlocksPlan, Tape, dict[str, Any]]:
     """Return the converted model, what was planned, the tape, and the new modules by their keys.
 
     A block that cannot be traced stays as it is, with the reason in the plan.
@@ -118,9 +118,9 @@ def _refused(model: nn.Module, hints: Hints) -> dict[str, str]:
 
 def _install(
     model: nn.Module, planned: BlocksPlan, connections: Mapping[str, Connection], hints: Hints
-) -> dict[str, nn.Module]:
+) -> dict[str, Any]:
     """Make the blocks of ``model`` run graphs; return the new modules by the keys they have on the tape."""
-    by_key: dict[str, nn.Module] = {}
+    by_key: dict[str, Any] = {}
     ends = connection_dict({}, planned.plan)
     for block in planned.blocks:
         module = model.get_submodule(block.path)
@@ -139,7 +139,7 @@ def _install(
 
 
 def _add_ends(
-    own: dict[str, nn.Module], block: BlockPlan, plan: Plan, ends: nn.ModuleDict, by_key: dict[str, nn.Module]
+    own: dict[str, nn.Module], block: BlockPlan, plan: Plan, ends: nn.ModuleDict, by_key: dict[str, Any]
 ) -> None:
     """Give a block the stream embedding and the readout of the trunks that begin and end in it, and dropout."""
     names = {name for call in block.calls for name, _ in call.residuals}
@@ -219,7 +219,7 @@ def verify_blocks(
     converted: nn.Module,
     planned: BlocksPlan,
     tape: Tape,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     bound_of: Any,
@@ -257,7 +257,7 @@ def _separated_error(
     converted: nn.Module,
     planned: BlocksPlan,
     tape: Tape,
-    modules: Mapping[str, nn.Module],
+    modules: Mapping[str, Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> tuple[tuple[float, float], str | None]:
@@ -270,8 +270,8 @@ def _separated_error(
         actual = _tensors(run_like(converted, args, kwargs))
         reference = ReferenceInterpreter(planned.plan, dict(modules))
         expected = run_like(tape.graph_module, tape.inputs, {}, reference.run)
-    except Exception as error:
-        return (0.0, 0.0), f"Streams were not compared one by one: the recorded run cannot be repeated ({error})"[:300]
+    except Exception as failure:
+        return (0.0, 0.0), f"Streams were not compared one by one: the recorded run cannot be repeated ({failure})"[:300]
     finally:
         unique.load_state_dict(start)
     dtype = next((t.dtype for t in actual if t.is_floating_point()), torch.float32)
