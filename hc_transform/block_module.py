@@ -82,8 +82,9 @@ class BlockRunner:
                 change = changed
         try:
             variant = self.trace(block, step, args, kwargs, change)
-        except HCTransformError as error:
-            failure = BlockError(str(error))
+        except Exception as error:
+            text = str(error) if isinstance(error, HCTransformError) else f"{type(error).__name__}: {error}"
+            failure = BlockError(text)
             failure.block = self.plan.path
             raise failure from error
         self.variants.setdefault(key, []).append(variant)

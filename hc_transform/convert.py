@@ -323,6 +323,11 @@ def refuse_unsupported(model: Any) -> None:
             raise UnsupportedModel(
                 f"{type(model).__name__} is converted already: convert the original model, with other options, instead"
             )
+        if "hyperconnection" in type(module).__name__.lower():
+            raise UnsupportedModel(
+                f"{type(model).__name__} is written with hyper-connections already ({type(module).__name__}): its "
+                "residual streams are not converted once more"
+            )
 
 
 def _wrapper(model: nn.Module) -> str | None:

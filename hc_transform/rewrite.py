@@ -205,7 +205,7 @@ class _TrunkRewriter:
             made = self._carry(value, source, self._streams_of(source, residual), self.copies[value])
             self.keys[value] = self.keys.get(source, key_of(residual.name))
         else:
-            node = self._value_for(residual)
+            node = self.copies[value] if value is self.trunk.entry else self._value_for(residual)
             after = node
             while node.op == "placeholder" and (after.next.op == "placeholder" or after.next.target in CHECKS):
                 after = after.next

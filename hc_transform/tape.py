@@ -29,7 +29,9 @@ from .trace import INLINED_FROM_TORCH
 from .tracer import SHAPE_ATTRIBUTES
 
 CONSTANT = "_tape_constant"
-PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag", "data"})
+VALUE_READS = frozenset(
+    "item tolist numpy equal allclose __bool__ __int__ __float__ __index__ __contains__ nonzero".split()
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,13 @@ class Tape:
         graph_module: every torch call as a node. ``meta["hc_calls"]`` holds the module calls it was
             made in, outermost first; ``meta["hc_module"]`` the path of the innermost.
         inputs: the tensors of the run's inputs, in the order of the placeholders.
+        reads_values: whether Python took numbers out of computed tensors, so that other values could take
+            another way.
     """
 
     graph_module: fx.GraphModule
     inputs: tuple[torch.Tensor, ...]
+    reads_values: bool = False
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
@@ -66,7 +71,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         kept = tuple(tensor.clone() for tensor in inputs)  # a model may write into its inputs
         with recorder:
             output = model(*args, **kwargs)
-    return Tape(recorder.finish(output), kept)
+    return Tape(recorder.finish(output), kept, recorder.reads_values)
 
 
 class _Recorder(TorchFunctionMode):
@@ -83,6 +88,7 @@ class _Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.count: Counter[str] = Counter()
         self.inside_leaf = 0
+        self.reads_values = False
 
     # -- what is recorded
 
@@ -101,6 +107,7 @@ class _Recorder(TorchFunctionMode):
             return func(*args, **kwargs)
         before = [(tensor, tensor._version) for tensor in _tensors((args, kwargs)) if not tensor.is_inference()]
         value = func(*args, **kwargs)
+        self.reads_values = self.reads_values or name in VALUE_READS
         method = is_tensor_method_or_property(func)
         target: Any = name if method else func
         if name == "__setitem__":
@@ -110,8 +117,9 @@ class _Recorder(TorchFunctionMode):
         node = self._node("call_method" if method else "call_function", target, args, kwargs)
         if target is not set_item:
             self._results(node, value)
-        for tensor, version in before:
-            if tensor._version != version:
+        changed = [tensor for tensor, version in before if tensor._version != version]
+        for tensor in changed:  # views of one tensor change together; the first is what was written to
+            if tensor is changed[0] or tensor.untyped_storage()._cdata != changed[0].untyped_storage()._cdata:
                 self._rebind(tensor, node)
         return value
 

@@ -78,6 +78,9 @@ class ValueTracer(fx.Tracer):
         signature = inspect.signature(self.root.forward)
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
+        # Decorators around a forward look for inputs by their names, where they can be given so.
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+        self._by_keyword = all(p.kind not in positional for p in signature.parameters.values())
         for name, parameter in signature.parameters.items():
             value = self.inputs.get(name, parameter.default)
             self._place(name, parameter, value, args, kwargs)
@@ -113,9 +116,9 @@ class ValueTracer(fx.Tracer):
                 self.graph.call_function(guards.check_tensor_input, (given.node, name))
         else:
             given = value
-            proxy = self._placeholder(name, default or (value,), value)
+            proxy = self._placeholder(name, default, value)
             self.graph.call_function(guards.check_input, (proxy.node, value, name))
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or self._by_keyword:
             kwargs[name] = given
         else:
             args.append(given)
