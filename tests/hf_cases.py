@@ -62,8 +62,10 @@ def _cases(
             return inputs(config())(batch, length)
 
         formula, note = counts[model_type]
-        skip = hf_models.SKIP.get(f"{kind}:{model_type}")
-        yield Case(f"{kind}:{model_type}", kind, make, example, formula, note, skip=skip, **options)
+        name = f"{kind}:{model_type}"
+        lengths = hf_models.LENGTHS.get(name, options.get("lengths", (12, 9)))
+        further = {**options, "lengths": lengths, "skip": hf_models.SKIP.get(name)}
+        yield Case(name, kind, make, example, formula, note, **further)
 
 
 CASES = [
@@ -73,6 +75,15 @@ CASES = [
         hf_models.CAUSAL,
         hf_counts.CAUSAL,
         hf_inputs.text,
+        generates=True,
+    ),
+    *_cases("encoder", "MODEL_MAPPING", hf_models.ENCODERS, hf_counts.ENCODERS, hf_inputs.encoder),
+    *_cases(
+        "seq2seq",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING",
+        hf_models.SEQ2SEQ,
+        hf_counts.SEQ2SEQ,
+        hf_inputs.seq2seq,
         generates=True,
     ),
 ]

@@ -103,3 +103,75 @@ CAUSAL: Counts = {
     ),
     **every("deepseek_v4 hy_v4 qwen4_exp_text", REFUSED, "hyper-connected already"),
 }
+
+ENCODERS: Counts = {
+    **every(
+        """bert bert-generation big_bird bros camembert clip_text_model convbert data2vec-text deberta deberta-v2 distilbert
+        dpr electra ernie esm esmc eurobert flaubert fnet gte ibert jina_embeddings_v3 layoutlm layoutlmv3 longformer
+        luke markuplm megatron-bert modernbert mpnet mra nomic_bert nystromformer openai_privacy_filter rembert roberta
+        roberta-prelayernorm roc_bert roformer splinter squeezebert tapas tipsv2_text_model ultrabert xlm xlm-roberta
+        xlm-roberta-xl xlnet yoso""",
+        lambda c: 2 * c.num_hidden_layers,
+        "attention and MLP, before or after their norms; in XLM and FlauBERT the adds stand in the model's own forward",
+    ),
+    "albert": (
+        looped(
+            lambda c: 2 * c.num_hidden_layers * c.inner_group_num,
+            lambda c: 2 * c.num_hidden_groups * c.inner_group_num,
+        ),
+        "attention and MLP of one block that all layers share",
+    ),
+    "canine": (
+        lambda c: 2 * (1 + c.num_hidden_layers + 1),
+        "a layer over characters, the layers over downsampled positions, a layer over characters again",
+    ),
+    "embedding_gemma2_text": (
+        lambda c: (3 if c.hidden_size_per_layer_input else 2) * c.num_hidden_layers,
+        "attention, MLP, and the gated input of the layer; layer_scalar multiplies the trunk after them",
+    ),
+    "funnel": (
+        lambda c: 2 * (sum(s * r for s, r in zip(c.block_sizes, c.block_repeats, strict=True)) + c.num_decoder_layers),
+        "doubtful: attention (its skip is the pooled query in a block's first layer) and MLP. The decoder's "
+        "upsampled + first_block_hidden is one more by the letter, with the other blocks in its branch",
+    ),
+    "lilt": (lambda c: 4 * c.num_hidden_layers, "attention and MLP of the text and of the layout, two trunks"),
+    "mobilebert": (
+        lambda c: (1 + (c.num_feedforward_networks - 1) + 1 - 1) * c.num_hidden_layers,
+        "doubtful: inside the bottleneck the stacked MLPs and the last one; the attention's skip is one projection of "
+        "the layer's input and its branch comes from others, so not that one. Around them the output bottleneck adds "
+        "the layer's input: one a layer, on a trunk of num_hidden_layers, which is shorter here",
+    ),
+    "xmod": (
+        lambda c: 3 * c.num_hidden_layers,
+        "doubtful: attention, MLP, and the language's adapter, whose output is written into zeros under a mask",
+    ),
+}
+
+
+def _both(c: Any) -> int:
+    encoder = getattr(c, "encoder_layers", None) or getattr(c, "num_encoder_layers", None) or c.num_layers
+    decoder = getattr(c, "decoder_layers", None) or c.num_decoder_layers
+    return 2 * encoder + 3 * decoder
+
+
+SEQ2SEQ: Counts = {
+    **every(
+        """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus plbart
+        prophetnet seamless_m4t seamless_m4t_v2 switch_transformers t5 umt5""",
+        _both,
+        "encoder: attention and MLP; decoder: attention, cross attention, MLP; sparse MLPs are one branch",
+    ),
+    "pegasus_x": (
+        lambda c: 4 * c.encoder_layers + 3 * c.decoder_layers,
+        "the encoder's layers have two for the tokens and two for the global tokens, which are another trunk. "
+        "Doubtful: the last layer's global ones are computed and dropped",
+    ),
+    "t5gemma": (
+        lambda c: 2 * c.encoder.num_hidden_layers + 3 * c.decoder.num_hidden_layers,
+        "encoder: attention and MLP; decoder: attention, cross attention, MLP",
+    ),
+    "t5gemma2": (
+        lambda c: 2 * c.encoder.text_config.num_hidden_layers + 2 * c.decoder.num_hidden_layers,
+        "the decoder's attention looks at both sides at once; the vision tower does not run on text",
+    ),
+}

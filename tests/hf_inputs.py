@@ -34,3 +34,34 @@ def text(config: Any, *, mask: bool = True) -> Inputs:
         return {"input_ids": ids, **({"attention_mask": torch.ones_like(ids)} if mask else {})}
 
     return inputs
+
+
+def boxes(batch: int, length: int, limit: int = 50) -> Tensor:
+    """Return corners of boxes: left, top, right, bottom."""
+    low = torch.randint(0, limit // 2, (batch, length, 2))
+    return torch.cat([low, low + torch.randint(1, limit // 2, (batch, length, 2))], -1)
+
+
+def encoder(config: Any) -> Inputs:
+    """As ``text``, with what some encoders ask for beside it."""
+    plain = text(config)
+
+    def inputs(batch: int, length: int) -> Kwargs:
+        kwargs = plain(batch, length)
+        if config.model_type in ("layoutlm", "layoutlmv3", "lilt"):
+            kwargs["bbox"] = boxes(batch, length)
+        if config.model_type == "bros":
+            kwargs["bbox"] = torch.rand(batch, length, 4)
+        return kwargs
+
+    return inputs
+
+
+def seq2seq(config: Any) -> Inputs:
+    """Token numbers for the encoder, fewer of them for the decoder."""
+    plain = text(config)
+
+    def inputs(batch: int, length: int) -> Kwargs:
+        return {**plain(batch, length), "decoder_input_ids": tokens(batch, length // 2 + 1, vocabulary(config))}
+
+    return inputs

@@ -24,8 +24,8 @@ CAUSAL: Settings = {
         gpt_neox_japanese gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
         hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling_text internlm3 iquestcoder jais2 jetmoe
         kolibri1 laguna lara_mini lfm2 llama llama4_text mamba mellum mimo_v2_flash minimax minimax_m2
-        minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder moshi mpt nanochat nemotron nemotron_h
-        olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rwkv
+        minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder moshi mpt nanochat nemotron
+        nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_moe rwkv
         sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma xglm biogpt
     """),
     "axk1": LATENT,
@@ -92,5 +92,52 @@ CAUSAL: Settings = {
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
 
+ENCODERS: Settings = {
+    **plain("""
+        bert bert-generation big_bird camembert clip_text_model convbert data2vec-text deberta deberta-v2 distilbert dpr
+        electra ernie esm eurobert flaubert fnet gte ibert jina_embeddings_v3 layoutlm luke markuplm
+        megatron-bert modernbert mpnet mra nomic_bert nystromformer openai_privacy_filter rembert roberta
+        roberta-prelayernorm roformer splinter squeezebert tapas tipsv2_text_model ultrabert xlm xlm-roberta
+        xlm-roberta-xl yoso
+    """),
+    "albert": {"embedding_size": 16, "num_hidden_layers": 3},
+    "bros": {"dim_bbox_sinusoid_emb_2d": 8, "dim_bbox_projection": 8},
+    "canine": {
+        "num_hash_buckets": 64,
+        "local_transformer_stride": 64,
+        "downsampling_rate": 2,
+        "upsampling_kernel_size": 2,
+    },
+    "embedding_gemma2_text": {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99},
+    "esmc": {"num_key_value_heads": 4},
+    "funnel": {"block_sizes": [1, 1, 1], "d_head": 8, "d_inner": 64},
+    "layoutlmv3": {"visual_embed": False, "coordinate_size": 5, "shape_size": 6},
+    "lilt": {"channel_shrink_ratio": 2, "hidden_size": 48},
+    "longformer": {"attention_window": 4},
+    "mobilebert": {"intra_bottleneck_size": 16, "num_hidden_layers": 3},
+    "roc_bert": {
+        "pronunciation_embed_dim": 16,
+        "pronunciation_vocab_size": 99,
+        "shape_embed_dim": 16,
+        "shape_vocab_size": 99,
+    },
+    "xlnet": {"d_inner": 64},
+    "xmod": {"default_language": "en_XX"},
+}
+
+SEQ2SEQ: Settings = {
+    **plain("""
+        bart bigbird_pegasus blenderbot blenderbot-small fsmt m2m_100 marian mbart mt5 mvp nllb-moe pegasus pegasus_x plbart
+        prophetnet seamless_m4t seamless_m4t_v2 switch_transformers t5 umt5
+    """),
+    "led": {"attention_window": 4, "max_encoder_position_embeddings": 128, "max_decoder_position_embeddings": 128},
+    "longt5": {"local_radius": 4},
+    "t5gemma": {},
+    "t5gemma2": {},
+}
+
 # Checks that the models themselves do not pass, by case: {"check": "reason"}.
 SKIP: dict[str, dict[str, str]] = {}
+
+# Lengths of the two examples, where they are not the usual ones; the same twice where a model takes one only.
+LENGTHS: dict[str, tuple[int, int]] = {}

@@ -63,26 +63,30 @@ SMALL: dict[str, Any] = {
 }
 
 
-def config_class(model_type: str) -> type:
-    """Return the configuration class of a model type."""
-    from transformers import CONFIG_MAPPING
-
-    return CONFIG_MAPPING[model_type]
-
-
 def tiny_config(model_type: str, /, **settings: Any) -> Any:
     """Return a small configuration: ``SMALL`` where the class has the name, ``settings`` over it.
 
-    A value ``...`` keeps the class's default. A dict for a field that is a configuration itself is filled up
-    with ``SMALL`` in the same way when it names its ``model_type``.
+    A value ``...`` keeps the class's default. Configurations inside it are small too; settings for them are dicts,
+    with the model type where it is not the default one. A backbone is left as it is unless settings name one.
     """
-    cls = config_class(model_type)
+    from transformers import CONFIG_MAPPING
+
+    return _tiny(CONFIG_MAPPING[model_type], settings)
+
+
+def _tiny(cls: Any, settings: dict[str, Any]) -> Any:
+    from transformers import CONFIG_MAPPING
+
     known = {f.name for f in dataclasses.fields(cls)}
-    values = {name: value for name, value in SMALL.items() if name in known}
-    for name, value in settings.items():
-        if isinstance(value, dict) and "model_type" in value and name.endswith("config"):
-            value = tiny_config(value["model_type"], **{k: v for k, v in value.items() if k != "model_type"}).to_dict()
-        values[name] = value
+    values = {name: value for name, value in SMALL.items() if name in known} | settings
+    for name, spec in cls.sub_configs_defaults.items():
+        inner = values.get(name)
+        if inner is ... or (inner is None and (name == "backbone_config" or spec.optional)):
+            continue
+        inner = dict(inner or {})
+        model_type = inner.pop("model_type", spec.model_type)
+        known_type = model_type in CONFIG_MAPPING
+        values[name] = _tiny(CONFIG_MAPPING[model_type] if known_type else spec.config_class, inner)
     return cls(**{name: value for name, value in values.items() if value is not ...})
 
 

@@ -32,7 +32,7 @@ import torch  # noqa: E402
 sys.path.insert(0, str(Path(__file__).parent))
 from checks import wake  # noqa: E402
 from hf_cases import CASES, Case  # noqa: E402
-from hf_checks import BOUND, Pair, checks_of  # noqa: E402
+from hf_checks import Pair, checks_of  # noqa: E402
 from torch import nn  # noqa: E402
 from zoo import FINE, Outcome, table  # noqa: E402
 
