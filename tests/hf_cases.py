@@ -86,4 +86,5 @@ CASES = [
         hf_inputs.seq2seq,
         generates=True,
     ),
+    *_cases("vision", "MODEL_MAPPING", hf_models.VISION, hf_counts.VISION, hf_inputs.images, lengths=(32, 32)),
 ]

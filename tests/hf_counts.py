@@ -11,6 +11,7 @@ what else the number could be.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -156,8 +157,8 @@ def _both(c: Any) -> int:
 
 SEQ2SEQ: Counts = {
     **every(
-        """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus plbart
-        prophetnet seamless_m4t seamless_m4t_v2 switch_transformers t5 umt5""",
+        """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
+        plbart prophetnet seamless_m4t seamless_m4t_v2 switch_transformers t5 umt5""",
         _both,
         "encoder: attention and MLP; decoder: attention, cross attention, MLP; sparse MLPs are one branch",
     ),
@@ -173,5 +174,104 @@ SEQ2SEQ: Counts = {
     "t5gemma2": (
         lambda c: 2 * c.encoder.text_config.num_hidden_layers + 2 * c.decoder.num_hidden_layers,
         "the decoder's attention looks at both sides at once; the vision tower does not run on text",
+    ),
+}
+
+
+def _identity_shortcuts(c: Any) -> int:
+    """Blocks of a ResNet whose shortcut is the identity: neither the stride nor the width changes."""
+    widths = [c.embedding_size, *c.hidden_sizes]
+    first = [
+        widths[i] == widths[i + 1] and i == 0 and not c.downsample_in_first_stage for i in range(len(c.hidden_sizes))
+    ]
+    return sum(depth - 1 + identity for depth, identity in zip(c.depths, first, strict=True))
+
+
+def _detection(decoder: int) -> Formula:
+    return lambda c: _identity_shortcuts(c.backbone_config) + 2 * c.encoder_layers + decoder * c.decoder_layers
+
+
+DETECTION_NOTE = (
+    "the backbone's blocks with identity shortcuts; encoder: attention and MLP; decoder: attention, cross attention, "
+    "MLP. Positions are added to queries and keys only. Doubtful: the skip of the first decoder layer is zeros, "
+    "or a parameter, the same for every input"
+)
+
+VISION: Counts = {
+    **every(
+        """vit deit beit data2vec-vision dinov2 dinov2_with_registers dinov3_vit dpt vit_mae vit_msn
+        clip_vision_model vitdet ijepa aimv2_vision_model pixio mlcd_vision_model imagegpt internvl_vision chinese_clip_vision_model
+        tipsv2_vision_model radio sapiens2 pixtral sam_vision_model sam_hq_vision_model sam3_vit_model videomae vilt
+        vivit yolos""",
+        lambda c: 2 * c.num_hidden_layers,
+        "attention and MLP; windows are cut inside the attention's branch",
+    ),
+    **every(
+        "siglip_vision_model siglip2_vision_model",
+        lambda c: 2 * c.num_hidden_layers + 1,
+        "attention and MLP; the pooling head's MLP after its attention, whose query is a parameter, is one more",
+    ),
+    **every(
+        "clip chinese_clip owlvit",
+        lambda c: 2 * c.text_config.num_hidden_layers + 2 * c.vision_config.num_hidden_layers,
+        "attention and MLP in both towers",
+    ),
+    "siglip": (
+        lambda c: 2 * c.text_config.num_hidden_layers + 2 * c.vision_config.num_hidden_layers + 1,
+        "attention and MLP in both towers, and the MLP of the vision tower's pooling head",
+    ),
+    **every(
+        "swin swinv2 donut-swin maskformer-swin segformer glpn pvt pvt_v2 poolformer focalnet",
+        lambda c: 2 * sum(c.depths),
+        "attention (or pooling, or focal modulation) and MLP in each block; merging and patch embedding end a trunk",
+    ),
+    "swin2sr": (
+        lambda c: 2 * sum(c.depths),
+        "doubtful: attention and MLP in each block; the stage's conv(blocks(x)) + x and the model's "
+        "conv_after_body(...) + embeddings go around them, on trunks of fewer residuals",
+    ),
+    **every(
+        "convnext convnextv2 dinov3_convnext",
+        lambda c: sum(c.depths),
+        "one add a block; GRN's weight * (x * norm) + bias + x is inside the branch",
+    ),
+    **every("resnet regnet", _identity_shortcuts, "blocks whose shortcut is the identity"),
+    "bit": (lambda c: sum(c.depths) - len(c.depths), "a stage's first block projects its shortcut"),
+    "hgnet_v2": (
+        lambda c: sum(c.stage_num_blocks) - len(c.stage_num_blocks),
+        "every block of a stage but the first",
+    ),
+    **every("conditional_detr detr table-transformer deformable_detr", _detection(3), DETECTION_NOTE),
+    "cvt": (lambda c: 2 * sum(c.depth), "attention and MLP; the second sum goes through drop_path whole: carried"),
+    "efficientnet": (
+        lambda c: sum(math.ceil(c.depth_coefficient * repeats) - 1 for repeats in c.num_block_repeats),
+        "every block of a stage but the first",
+    ),
+    "hiera": (
+        lambda c: 2 * sum(c.depths) - (len(c.depths) - 1),
+        "attention and MLP; a stage's first attention has a projected and pooled shortcut, but in the first stage",
+    ),
+    "levit": (
+        lambda c: 2 * sum(c.depths) + len(c.depths) - 1,
+        "attention and MLP; after each subsampling attention, which has no shortcut, one more MLP",
+    ),
+    "mobilenet_v1": (lambda c: 0, "no adds"),
+    "mobilenet_v2": (
+        lambda c: 1 + 2 + 3 + 2 + 2,
+        "inverted residuals of stride 1 that keep their width: repeats after the first of 2, 3, 4, 3 and 3 blocks",
+    ),
+    "mobilevit": (
+        lambda c: (3 - 1) + 2 * (2 + 4 + 3),
+        "inverted residuals of stride 1 (two of stage 2), attention and MLP of 2, 4 and 3 transformer layers; the "
+        "fusion with the layer's input is a concatenation",
+    ),
+    "mobilevitv2": (
+        lambda c: (2 - 1) + 2 * sum(c.n_attn_blocks),
+        "one inverted residual of stride 1 (stage 2), attention and MLP of the transformer layers",
+    ),
+    "swiftformer": (
+        lambda c: sum((depth - 1) + 3 for depth in c.depths),
+        "convolutional blocks one each; a stage's last block: local representation, attention, MLP. The attention's "
+        "proj(...) + query is inside its branch",
     ),
 }

@@ -65,3 +65,30 @@ def seq2seq(config: Any) -> Inputs:
         return {**plain(batch, length), "decoder_input_ids": tokens(batch, length // 2 + 1, vocabulary(config))}
 
     return inputs
+
+
+def images(config: Any) -> Inputs:
+    """Images, or clips of them, of a side; with text for models that take both."""
+
+    def inputs(batch: int, side: int) -> Kwargs:
+        vision = getattr(config, "vision_config", config)
+        pixels = torch.randn(batch, getattr(vision, "num_channels", 3), side, side)
+        if config.model_type == "imagegpt":
+            return {"input_ids": tokens(batch, side, config.vocab_size - 1)}
+        if config.model_type in ("videomae", "vivit"):
+            return {"pixel_values": pixels[:, None] + 0.5 * torch.randn(batch, config.num_frames, 1, 1, 1)}
+        if config.model_type == "siglip2_vision_model":
+            return _patches(batch, side // config.patch_size, 3 * config.patch_size**2)
+        if config.model_type in ("clip", "siglip", "chinese_clip", "owlvit", "vilt"):
+            return {**text(config)(batch, 12), "pixel_values": pixels}
+        return {"pixel_values": pixels}
+
+    return inputs
+
+
+def _patches(batch: int, side: int, width: int) -> Kwargs:
+    return {
+        "pixel_values": torch.randn(batch, side * side, width),
+        "pixel_attention_mask": torch.ones(batch, side * side, dtype=torch.long),
+        "spatial_shapes": torch.full((batch, 2), side),
+    }

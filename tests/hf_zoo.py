@@ -53,6 +53,7 @@ def made(case: Case) -> nn.Module:
     if hasattr(model, "generation_config"):
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
+        model.generation_config.decoder_start_token_id = 2
     return model
 
 
