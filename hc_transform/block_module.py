@@ -72,7 +72,8 @@ class BlockRunner:
         step = self._step(args, kwargs)
         if torch.compiler.is_compiling():
             return self._run_compiled(block, step, args, kwargs)
-        refuse_reentrant(block)
+        if self.calls[step].leaves:
+            refuse_reentrant(block)
         key = (step, block.training, _kind(args), _kind(kwargs))
         change = None
         for variant in self.variants.get(key, ()):
