@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import enum
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import fx, nn
 
+from .aliases import written_through
 from .kinds import Kind, Kinds, is_tensor, name_of, shape_of
 
 ADDS = frozenset({"add", "add_", "iadd", "radd"})
@@ -149,7 +150,9 @@ class _Finder:
         for add in self.nodes:
             if not is_add(add):
                 continue
-            found = self._binary(add) or self._sum(add)
+            a, b, _ = operands(add)
+            overwritten = self._overwritten(a, b) or self._overwritten(b, a)
+            found = None if overwritten else self._binary(add) or self._sum(add)
             if found is None:
                 skipped[add] = self._verdict(add)
                 continue
@@ -157,10 +160,6 @@ class _Finder:
             for other in found.absorbed:
                 residuals.pop(other, None)
                 skipped[other] = _skip(other, Reason.MERGED)
-        overwritten = [r for r in residuals.values() if self._overwritten(r)]
-        for residual in overwritten:
-            del residuals[residual.add]
-            skipped[residual.add] = _skip(residual.add, Reason.OVERWRITTEN)
         shortcuts = [self._shortcut(add, s) for add, s in skipped.items() if s.reason is Reason.PROJECTION]
         return Findings(
             tuple(_named(list(residuals.values()), self.kinds.modules)),
@@ -252,11 +251,20 @@ class _Finder:
         kinds = {self.kinds.of(node) for term in branch for node in self._region(skip, term)}
         return bool(kinds & {Kind.MIX, Kind.NORM, Kind.REDUCE})
 
-    def _overwritten(self, residual: Residual) -> bool:
-        return any(residual.skip in node.meta.get("hc_overwrites", ()) for node in residual.region)
+    def _overwritten(self, skip: fx.Node, branch: fx.Node) -> bool:
+        """Whether ``skip`` is what the branch left of its input, and not what it was computed from."""
+        for value, _ in self._behind(skip):
+            if value.target is written_through and not self._comes_from(value, branch):
+                return value.args[1] is branch or self._comes_from(value.args[1], branch)
+        return False
+
+    def _comes_from(self, source: Any, node: fx.Node) -> bool:
+        return bool(self.ancestors[node] >> self.number[source] & 1)
 
     def _verdict(self, add: fx.Node) -> Skipped:
         a, b, _ = operands(add)
+        if self._overwritten(a, b) or self._overwritten(b, a):
+            return _skip(add, Reason.OVERWRITTEN)
         for skip, branch in ((a, b), (b, a)):
             base = self._base(skip, [branch])
             if base is not None:
@@ -294,13 +302,18 @@ class _Finder:
         for skip, branch in ((a, b), (b, a)):
             chain = self._chain(skip, branch)
             if chain is not None and all(len(node.users) == 1 for node in chain[1]) and self._fits(add, [a, b]):
-                mixing, other = (
-                    sum(self.kinds.of(node) in (Kind.MIX, Kind.REDUCE) for node in nodes)
-                    for nodes in (chain[1], self._region(chain[0], branch))
-                )
-                if mixing < other:
+                if self._mixing(chain[1]) < self._mixing(self._region(chain[0], branch)):
                     found.append(Shortcut(add, *chain, verdict))
         return found[0] if len(found) == 1 and alpha == 1 else None
+
+    def _mixing(self, nodes: Iterable[fx.Node]) -> tuple[int, int]:
+        """Return how many operations mix with weights, and how many at all: pooling does little beside a layer."""
+        mixing = [node for node in nodes if self.kinds.of(node) in (Kind.MIX, Kind.REDUCE)]
+        weighted = sum(
+            node.op != "call_module" or any(True for _ in self.kinds.modules[str(node.target)].parameters())
+            for node in mixing
+        )
+        return weighted, len(mixing)
 
 
 def is_add(node: fx.Node) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-KEPT_META = ("hc_module", "hc_location", "stack_trace")
+KEPT_META = ("hc_module", "hc_location", "hc_on_values", "stack_trace")
 
 
 class NodeRef(NamedTuple):

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .aliases import version_of
 from .guards import CHECKS
-from .structure import clone_structure
+from .structure import clone_structure, has_hooks, state_restored
 from .trace import is_shape_read
 
 
@@ -121,6 +122,8 @@ class Kinds:
         return self._of_module[id(module)]
 
     def _judge_module(self, module: nn.Module) -> Kind:
+        if any(map(has_hooks, module.modules())):
+            return Kind.MIX  # called once a stream, its hooks would be too
         if type(module) is nn.Identity:
             return Kind.IDENTITY
         for classes, kind in (
@@ -141,10 +144,16 @@ class Kinds:
 
     def _judge_code(self, module: nn.Module) -> Kind:
         """Trace a small module in training mode and judge its operations together."""
+        copy = clone_structure(module).train()
+        versions = [(buffer, version_of(buffer)) for buffer in copy.buffers()]
         try:
-            inner = fx.symbolic_trace(clone_structure(module).train())
+            with state_restored(copy):
+                inner = fx.symbolic_trace(copy)
+                counts = any(version_of(buffer) != version for buffer, version in versions)
         except Exception:
             return Kind.MIX
+        if counts or any(isinstance(v, fx.Proxy) for m in copy.modules() for v in m._buffers.values()):
+            return Kind.MIX  # it keeps a state, which would change once a stream
         kinds = Kinds(inner)
         nodes = [n for n in inner.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         together = _together([kinds.of(n) for n in nodes])

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import functools
 import logging
+import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
@@ -20,7 +21,7 @@ from .options import Options
 from .pipeline import Analysis, analyse
 from .report import Report
 from .rewrite import CONNECTIONS_NAME, rewritten_graph
-from .structure import keep_plain_tensors, state_restored
+from .structure import keep_plain_tensors, state_restored, undone_on
 from .trace import bind_inputs, is_shape_read
 
 log = logging.getLogger("hc_transform")
@@ -33,6 +34,7 @@ HOOKS = (
     "_forward_hooks_always_called",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
@@ -47,6 +49,7 @@ class Variant:
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
         self.forward = _compiled(graph)
+        self.needs = needs_of(graph)
 
     def __reduce__(self) -> Any:
         return _variant, (flatten_graph(self.graph),)
@@ -80,7 +83,7 @@ class HyperConnectedModule(fx.GraphModule):
         if connections:
             original.add_module(CONNECTIONS_NAME, connections)
         graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
-        _adopt_constants(original, graph, analysis.trace.graph_module)
+        adopt_constants(original, graph, analysis.trace.graph_module)
         super().__init__(original, graph, type(original).__name__)
         # One set of dictionaries for both, so that moves, casts and loads reach both.
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS):
@@ -99,12 +102,13 @@ class HyperConnectedModule(fx.GraphModule):
         code = super().recompile()
         cls: Any = type(self)
         cls._run_graph = cls.forward
-        self._seen_inputs: set[Any] = set()
-        self._late_decisions = _decides_late(self._graph)
+        self._needs = needs_of(self._graph)
+        self._watched = self._needs.late
+        self._chosen: dict[Any, int] = {}  # for each kind of call, the graph that ran it
 
         @functools.wraps(cls.forward)
         def forward(self: HyperConnectedModule, *args: Any, **kwargs: Any) -> Any:
-            if self._late_decisions and not torch.compiler.is_compiling():
+            if self._watched and not torch.compiler.is_compiling():
                 return self._run_watched(args, kwargs)
             try:
                 return self._run_graph(*args, **kwargs)
@@ -115,25 +119,35 @@ class HyperConnectedModule(fx.GraphModule):
         return code
 
     def _run_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the graph; if it stops half-way at a changed decision, undo what it did to the state."""
-        key = (self.training, *map(_kind_of_input, pytree.tree_leaves((args, kwargs))))
-        if key in self._seen_inputs:
-            return self._run_graph(*args, **kwargs)
-        before = [(buffer, buffer.detach().clone()) for buffer in self.buffers()]
-        devices = {p.device for p in self.parameters() if p.device.type == "cuda"}
-        cpu_state, cuda_states = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
-        try:
-            output = self._run_graph(*args, **kwargs)
-            self._seen_inputs.add(key)
+        """Run the first graph that decides as this call does; undo what others did to the state before they stopped."""
+        graphs: list[Callable[..., Any]] = [
+            self._run_graph,
+            *(functools.partial(variant.forward, self) for variant in self._variants),
+        ]
+        kind = self._kind_of_call(args, kwargs)
+        if kind in self._chosen:
+            return graphs[self._chosen[kind]](*args, **kwargs)
+        first: DecisionChanged | None = None
+        for number, run in enumerate(graphs):
+            try:
+                with undone_on(DecisionChanged, self):
+                    output = run(*args, **kwargs)
+            except DecisionChanged as change:
+                first = first or change
+                continue
+            if kind is not None:
+                self._chosen[kind] = number
             return output
-        except DecisionChanged as change:
-            with torch.no_grad():
-                for buffer, value in before:
-                    buffer.copy_(value)
-            torch.set_rng_state(cpu_state)
-            for device, state in cuda_states.items():
-                torch.cuda.set_rng_state(state, device)
-            return self._run_otherwise(change, args, kwargs)
+        return self.trace_variant(args, kwargs, first).forward(self, *args, **kwargs)
+
+    def _kind_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return all that decisions on a call depend on; None if they depend on more than is seen from outside."""
+        graphs = [self._needs, *(variant.needs for variant in self._variants)]
+        leaves, structure = pytree.tree_flatten((args, kwargs))
+        kinds = tuple(map(_kind_of_input, leaves))
+        if None in kinds or any(needs.values for needs in graphs):
+            return None
+        return structure, kinds, tuple(operator.attrgetter(flag)(self) for needs in graphs for flag in needs.flags)
 
     def _run_otherwise(self, change: DecisionChanged, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for variant in self._variants:
@@ -171,10 +185,11 @@ class HyperConnectedModule(fx.GraphModule):
                 f"{change or ''} Convert another copy of the model with example inputs like these."
             ) from change
         graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
-        _adopt_constants(self, graph, analysis.trace.graph_module)
+        adopt_constants(self, graph, analysis.trace.graph_module)
         log.info("traced again: %s", change)
         variant = Variant(graph)
         self._variants.append(variant)
+        self._watched = self._watched or variant.needs.late
         return variant
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HyperConnectedModule:
@@ -213,10 +228,12 @@ def _restored(new: HyperConnectedModule, state: dict[str, Any], graph: fx.Graph)
 
 
 def _kind_of_input(value: Any) -> Any:
-    """Return what decisions on an input may depend on: a tensor's shape, a constant itself."""
+    """Return what decisions on an input may depend on: a tensor's shape, a constant itself. None if it is not known."""
     if isinstance(value, torch.Tensor):
         return value.shape, value.dtype
-    return value if isinstance(value, (bool, int, float, str, type(None))) else type(value)
+    if isinstance(value, (bool, int, float, complex, str, type(None))):
+        return type(value), value
+    return None
 
 
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:
@@ -226,7 +243,7 @@ def _compiled(graph: fx.Graph) -> Callable[..., Any]:
     return namespace["forward"]
 
 
-def _adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> None:
+def adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> None:
     """Move the constants of a trace to ``module``, under names that are free there."""
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
@@ -239,13 +256,26 @@ def _adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> N
             node.target = name
 
 
-def _decides_late(graph: fx.Graph) -> bool:
-    """Whether a check comes after an operation that may have changed the state."""
-    working = False
+class Needs(NamedTuple):
+    """What must be known of a call to tell whether a graph is the right one.
+
+    ``late``: it may stop after an operation that changed the state; ``values``: it decides on values of
+    tensors; ``flags``: paths of the ``training`` flags that it reads.
+    """
+
+    late: bool
+    values: bool
+    flags: tuple[str, ...]
+
+
+def needs_of(graph: fx.Graph) -> Needs:
+    """Return what ``graph`` needs to know of a call."""
+    working = late = False
     for node in graph.nodes:
         if node.target in CHECKS:
-            if working:
-                return True
+            late = late or working
         elif node.op not in ("placeholder", "get_attr", "output") and not is_shape_read(node):
             working = True
-    return False
+    values = any("hc_on_values" in node.meta for node in graph.nodes if node.target in CHECKS)
+    reads = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    return Needs(late, values, tuple(target for target in reads if target.rpartition(".")[2] == "training"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,8 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-from .proxy import UNKNOWN, AppliedFunction, CannotInline, ValueProxy
+from .inputs import is_constant
+from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy
 
 if TYPE_CHECKING:
     from .tracer import ValueTracer
@@ -63,21 +65,44 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
             return function(*args, **kwargs)
         if cls is torch.utils.checkpoint.CheckpointFunction:
-            checkpointed(function)
+            if tracer.probing:
+                return args[0](*args[2:], **kwargs)
+            refuse_checkpoint()
         return tracer.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
 
-    def checkpointed(plain: Any, *args: Any, **kwargs: Any) -> Any:
+    def refuse_checkpoint() -> None:
+        raise CannotInline(tracer._paths[-1], "it uses activation checkpointing; turn that off before converting")
+
+    def around_function(plain: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stand for the generator that ``checkpoint`` steps before and after it calls the function."""
         if tracer.evaluating:  # a leaf that runs for real
             return plain(*args, **kwargs)
-        raise CannotInline(tracer._paths[-1], "it uses activation checkpointing; turn that off before converting")
+        if tracer.probing:
+            return iter([None])
+        refuse_checkpoint()
+
+    def make(factory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Record a factory that is given a proxy, which torch may find to be no number or dtype."""
+        if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
+            return factory(*args, **kwargs)
+        return tracer.create_proxy("call_function", factory, args, kwargs)
+
+    def call_script(script: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
+            return plain_script(script, *args, **kwargs)
+        return tracer.create_proxy("call_function", ScriptedFunction(script), args, kwargs)
 
     # checkpoint() is imported by name into user code, so what it calls is patched; the name varies by version.
     generators = [n for n in vars(torch.utils.checkpoint) if n.startswith("_checkpoint_without_reentrant_generator")]
     plain_checkpoints = {name: getattr(torch.utils.checkpoint, name) for name in generators}
     plain_enter = torch.autocast.__enter__
+    plain_factories = {name: getattr(torch, name) for name in FACTORIES}
+    plain_script = torch._C.ScriptFunction.__call__
 
     def enter(region: torch.autocast) -> Any:
-        if not tracer.evaluating:  # also one that changes nothing now: it would under another state
+        if (
+            not tracer.evaluating and not tracer.probing
+        ):  # also one that changes nothing now: it would under another state
             raise CannotInline(tracer._paths[-1], "it sets the autocast state, which a graph does not hold")
         return plain_enter(region)
 
@@ -86,25 +111,24 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         lambda module, mode: module.__dict__.__setitem__("training", mode),
     )
     torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+    torch._C.ScriptFunction.__call__ = call_script  # type: ignore[assignment,method-assign]
     builtins.isinstance = value_isinstance  # type: ignore[assignment]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
     for name, plain in plain_checkpoints.items():
-        setattr(torch.utils.checkpoint, name, lambda *a, _plain=plain, **k: checkpointed(_plain, *a, **k))
+        setattr(torch.utils.checkpoint, name, functools.partial(around_function, plain))
+    for name, plain in plain_factories.items():
+        setattr(torch, name, functools.partial(make, plain))
     nn.Module.training = training  # type: ignore[assignment]
     try:
         with _RecordCalls(tracer):
             yield
     finally:
         torch.autocast.__enter__ = plain_enter  # type: ignore[method-assign]
+        torch._C.ScriptFunction.__call__ = plain_script  # type: ignore[method-assign]
         builtins.isinstance = plain_isinstance
         torch.autograd.Function.apply = plain_apply  # type: ignore[method-assign]
         for name, plain in plain_checkpoints.items():
             setattr(torch.utils.checkpoint, name, plain)
+        for name, plain in plain_factories.items():
+            setattr(torch, name, plain)
         del nn.Module.training
-
-
-def is_constant(value: Any) -> bool:
-    """Whether a trace can hold ``value`` as it is."""
-    if isinstance(value, (tuple, list)):
-        return all(is_constant(v) for v in value)
-    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device))

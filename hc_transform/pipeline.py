@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from .find import Findings, Reason, Skipped, find_residuals
+from .find import Findings, find_residuals
 from .hints import Hints
 from .options import Options
 from .planner import Plan, make_plan
-from .trace import Trace, may_add, trace
+from .probe import opaque_adds
+from .trace import Trace, trace
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def analyse(
     wide = trace(model, inputs, hints=hints)
     findings = find_residuals(wide.graph_module)
     plan = make_plan(wide.graph_module, findings, options)
-    plan = replace(plan, skipped=(*plan.skipped, *_opaque(model, wide)))
+    plan = replace(plan, skipped=(*plan.skipped, *opaque_adds(model, wide)))
     scopes = _scopes(plan)
     if scopes == wide.inlined:
         return Analysis(plan, wide)
@@ -66,19 +66,3 @@ def _scopes(plan: Plan) -> frozenset[str]:
         atoms = str(node.meta.get("hc_module", "")).split(".")
         scopes.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
     return frozenset(scopes)
-
-
-def _opaque(model: nn.Module, wide: Trace) -> list[Skipped]:
-    rows = []
-    for path, reason in wide.opaque.items():
-        module = model.get_submodule(path)
-        if may_add(module):
-            rows.append(Skipped(path, path, _source_of(type(module)), Reason.OPAQUE, reason))
-    return rows
-
-
-def _source_of(cls: type) -> str:
-    try:
-        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
-    except (OSError, TypeError):
-        return "unknown location"

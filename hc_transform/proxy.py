@@ -55,6 +55,21 @@ class AppliedFunction:
         return self.function.apply(*args, **kwargs)
 
 
+class ScriptedFunction:
+    """A scripted function, under a name that generated code can use."""
+
+    def __init__(self, function: torch.jit.ScriptFunction) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = f"scripted_{function.name}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ScriptedFunction:
+        return self  # it has no state, and cannot be copied
+
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows its example value.
 
@@ -89,11 +104,27 @@ class ValueProxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", set_item, (self, index, value), {})
 
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, operator.add, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, operator.sub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, operator.mul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, operator.truediv, other)
+
+    def _in_place(self, on_tensor: Any, otherwise: Any, other: Any) -> Any:
+        """Record an augmented assignment; numbers and unknown values are not changed by it."""
+        function = on_tensor if isinstance(self.hc_value, torch.Tensor) else otherwise
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
     def __bool__(self) -> bool:
         if self.hc_value is UNKNOWN:
             return super().__bool__()
-        if isinstance(self.hc_value, torch.Tensor):
-            self.tracer.refuse_in_submodule("its code decides on the values of a tensor")
+        self._refuse_values("its code decides on the values of a tensor")
         answer = bool(self.hc_value)
         self._decided(guards.check_true if answer else guards.check_false)
         return answer
@@ -170,11 +201,16 @@ class ValueProxy(fx.Proxy):
             raise fx.proxy.TraceError(
                 "the code needs a number that depends on the input; give example inputs with args="
             )
-        if isinstance(self.hc_value, torch.Tensor):
-            self.tracer.refuse_in_submodule("its code needs the values of a tensor as Python numbers")
+        self._refuse_values("its code needs the values of a tensor as Python numbers")
+        if isinstance(self.hc_value, torch.Tensor) and not self.tracer.probing:
             raise fx.proxy.TraceError("its code needs the values of a tensor as Python numbers")
         self._decided(guards.check_equal, self.hc_value)
         return convert(self.hc_value)
+
+    def _refuse_values(self, reason: str) -> None:
+        """Leave the module that is being traced whole if this is a tensor, or was computed from a tensor's values."""
+        if isinstance(self.hc_value, torch.Tensor) or "hc_on_values" in self.node.meta:
+            self.tracer.refuse_in_submodule(reason)
 
     def _decided(self, check: Any, *expected: Any) -> None:
         self.tracer.record_decision(self, check, *expected)

@@ -20,10 +20,30 @@ from .streams import FractionCoefficients
 from .trunks import Trunk, readers_of
 
 
-class ReferenceInterpreter(fx.Interpreter):
+class NamedInputs(fx.Interpreter):
+    """An interpreter that takes its inputs by the names of the parameters, ``*args`` and ``**kwargs`` whole."""
+
+    given: Mapping[str, Any]
+
+    def run_on(self, **given: Any) -> Any:
+        """Run the graph on inputs by name."""
+        self.given = given
+        return self.run()
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return the input of that name, or its default."""
+        name = target.lstrip("*")
+        if name in self.given:
+            return self.given[name]
+        if target.startswith("*"):
+            return {} if target.startswith("**") else ()
+        return args[0]
+
+
+class ReferenceInterpreter(NamedInputs):
     """Run a plan on the graph it was made from.
 
-    After :meth:`run`, ``written`` holds the streams after each residual by its name, ``[n, ...]``.
+    After :meth:`run_on`, ``written`` holds the streams after each residual by its name, ``[n, ...]``.
     """
 
     def __init__(self, plan: Plan, connections: Mapping[str, nn.Module]) -> None:

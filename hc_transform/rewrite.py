@@ -14,12 +14,13 @@ from torch import fx, nn
 
 from . import carrier
 from . import streams as ops
+from .carrying import carried_call
 from .connections import Connection
 from .ends import LearnedReadout, StreamDropout, StreamEmbedding
 from .errors import UnsupportedModel
 from .find import Residual
 from .guards import CHECKS
-from .kinds import Kind, Kinds, is_shape_read, name_of, shape_of
+from .kinds import Kinds, is_shape_read, shape_of
 from .planner import Plan, feature_axis
 from .trunks import Trunk, readers_of
 
@@ -27,7 +28,6 @@ log = logging.getLogger("hc_transform")
 
 CONNECTIONS_NAME = "hyper_connections"
 DROPOUT_KEY = "stream_dropout"
-IN_PLACE_OPERATORS = frozenset("iadd isub imul itruediv ipow".split())
 
 
 def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connection] | None = None) -> fx.GraphModule:
@@ -282,38 +282,18 @@ class _TrunkRewriter:
 
     def _carry(self, node: fx.Node, source: fx.Node, streams: fx.Node, before: fx.Node) -> fx.Node:
         """Apply the operation ``node`` to every stream of ``source``, at the place ``before``."""
-        kind = self.kinds.of(node)
         position = next(i for i, a in enumerate(node.args) if a is source)
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.copies[n])
         rest = (*args[:position], *args[position + 1 :])
-        carry: Any = ops.carry_random if kind is Kind.RANDOM else ops.carry
+        kwargs = {**kwargs, "position": position} if position else dict(kwargs)
         with self.graph.inserting_before(before):
             target: Any = node.target
             if node.op == "call_module":
-                module = self.kinds.modules[str(node.target)]
                 target = self.graph.create_node("get_attr", str(node.target), (), {})
-                if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-                    return self._new(ops.carry_folded, (target, streams), f"{node.name}_streams", node)
-            if kind is not Kind.RANDOM and self._in_place(node):
-                if position:  # ``branch += stream`` would add every stream to one branch output
-                    target = _out_of_place(target)
-                elif streams.target is ops.expand:
-                    carry = ops.carry_on_copies
-            if position:
-                kwargs = {**kwargs, "position": position}
-            if callable(target):
-                made = self._new(ops.CarriedFunction(target, carry), (streams, *rest), f"{node.name}_streams", node)
-            else:
-                made = self._new(carry, (target, streams, *rest), f"{node.name}_streams", node)
+            target, arguments, kwargs = carried_call(node, self.kinds, target, streams, rest, kwargs)
+            made = self._new(target, arguments, f"{node.name}_streams", node)
             made.kwargs = kwargs
         return made
-
-    def _in_place(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            module = self.kinds.modules[str(node.target)]
-            return any(getattr(m, "inplace", False) for m in module.modules())
-        name = name_of(node)
-        return name.endswith("_") or name in IN_PLACE_OPERATORS or bool(node.kwargs.get("inplace"))
 
     def _serve_other_users(self, value: fx.Node, gone: set[fx.Node]) -> None:
         """Give every user outside of the streams' way a readout, and shape reads any stream."""
@@ -356,16 +336,6 @@ class _TrunkRewriter:
         made = self.graph.create_node("call_function", function, args, {}, name)
         _locate(made, source)
         return made
-
-
-def _out_of_place(target: Any) -> Any:
-    """Return the operation that makes a new tensor where ``target`` overwrites its first argument."""
-    if isinstance(target, str):
-        return target.rstrip("_")
-    name = getattr(target, "__name__", "").strip("_")
-    if name in IN_PLACE_OPERATORS:
-        return getattr(operator, name[1:])
-    return getattr(torch, name.rstrip("_"), target)
 
 
 def _locate(node: fx.Node, source: fx.Node) -> None:

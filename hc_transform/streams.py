@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 Streams = tuple[Tensor, ...]
@@ -242,9 +242,26 @@ def carry_random(
 def carry_folded(op: Callable[[Tensor], Tensor], streams: Sequence[Tensor]) -> Streams:
     """Apply ``op`` once, the streams folded into the batch axis.
 
-    Batch norm sees all streams as one batch and updates its running statistics once.
+    Batch norm sees all streams as one batch and updates its running statistics once. Its unbiased
+    variance is that of as many values as one stream has, so that equal streams change it as one does.
     """
-    return op(torch.cat(tuple(streams))).chunk(len(streams))
+    count = len(streams)
+    norms: list[Any] = [m for m in op.modules() if _tracks_variance(m)] if isinstance(op, nn.Module) else []
+    before = [norm.running_var.detach().clone() for norm in norms]
+    folded: Tensor = op(torch.cat(tuple(streams)))
+    for norm, variance in zip(norms, before, strict=True):
+        samples = folded.numel() // (count * norm.num_features)
+        if samples > 1:
+            rate = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
+            factor = (1 - 1 / (count * samples)) / (1 - 1 / samples)
+            # .data: the backward pass keeps running_var, without needing it, and would mind a change.
+            norm.running_var.data.mul_(factor).add_((1 - rate) * (1 - factor) * variance)
+    return folded.chunk(count)
+
+
+def _tracks_variance(module: Any) -> bool:
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return batch_norm and module.training and module.running_var is not None
 
 
 def _apply(

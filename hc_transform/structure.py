@@ -4,24 +4,36 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run when ``module`` is called, or differentiated."""
+    return any(getattr(module, name, None) for name in HOOKS)
+
 
 def clone_structure(model: nn.Module) -> nn.Module:
     """Return a copy of ``model``'s Python objects around the same parameters and buffers.
 
-    Everything is deep-copied but tensors, scripted modules and functions, so that bound methods
-    and lists of modules refer to the copy.
+    Everything is deep-copied but tensors, scripted modules, functions and hooks, so that bound methods
+    and lists of modules refer to the copy, and hooks report to whom they did.
     """
     memo: dict[int, Any] = {}
+    modules = {id(module) for module in model.modules()}
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             memo[id(module)] = module
+        for name in HOOKS:
+            for hook in module.__dict__.get(name, {}).values():
+                if id(getattr(hook, "__self__", None)) not in modules:  # a method of a module follows it
+                    memo[id(hook)] = hook
         for value in (*module.__dict__.values(), *module._parameters.values(), *module._buffers.values()):
             for leaf in pytree.tree_leaves(value):
                 if isinstance(leaf, torch.Tensor):
@@ -39,23 +51,47 @@ def keep_plain_tensors(module: nn.Module, like: nn.Module) -> None:
 @contextlib.contextmanager
 def state_restored(model: nn.Module) -> Iterator[None]:
     """Put the values of the buffers and the random generators back on exit."""
+    restore = saved_state(model)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def undone_on(error: type[Exception], model: nn.Module) -> Iterator[None]:
+    """Put the values of the buffers and the random generators back if ``error`` is raised."""
+    restore = saved_state(model)
+    try:
+        yield
+    except error:
+        restore()
+        raise
+
+
+def saved_state(model: nn.Module) -> Callable[[], None]:
+    """Save the values of the buffers and the random generators; return what puts them back."""
     buffers = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, saved in buffers:
-                    if not isinstance(module, torch.jit.ScriptModule):
-                        module._buffers[name] = buffer  # the forward may have put another tensor in its place
-                    if not torch.equal(buffer, saved) if buffer.device.type != "meta" else False:
-                        buffer.copy_(saved)
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    generator, on_devices = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
+
+    def restore() -> None:
+        with torch.no_grad():
+            for module, name, buffer, saved in buffers:
+                if not isinstance(module, torch.jit.ScriptModule):
+                    module._buffers[name] = buffer  # the forward may have put another tensor in its place
+                if buffer.device.type != "meta" and not torch.equal(buffer, saved):
+                    buffer.copy_(saved)
+        torch.set_rng_state(generator)
+        for device, state in on_devices.items():
+            torch.cuda.set_rng_state(state, device)
+
+    return restore
 
 
 def copy_inputs(inputs: Any) -> Any:

@@ -16,12 +16,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .aliases import written_through
+from .assignments import record_assignments, show_plain_tensors
 from .errors import TraceError, UnsupportedModel
 from .frames import INTERNAL_FILES
 from .guards import CHECKS
 from .hints import Hints
+from .loosen import loosen
 from .proxy import UNKNOWN, CannotInline
-from .structure import clone_structure, copy_inputs, keep_plain_tensors, state_restored
+from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors, state_restored
 from .tracer import SHAPE_ATTRIBUTES, SHAPE_METHODS, ValueTracer
 
 log = logging.getLogger("hc_transform")
@@ -39,6 +42,7 @@ class Trace:
         graph_module: the graph, over a structural copy of the model.
         inlined: paths of the modules whose code is in the graph.
         opaque: modules that may hold residual adds and stayed leaves, with the reason.
+        calls: what those were called with, by path, where example inputs tell.
         reads_training: whether the graph reads a ``training`` flag.
         has_values: whether example inputs were given.
     """
@@ -46,6 +50,7 @@ class Trace:
     graph_module: fx.GraphModule
     inlined: frozenset[str]
     opaque: Mapping[str, str] = field(default_factory=dict)
+    calls: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     reads_training: bool = False
     has_values: bool = True
 
@@ -72,6 +77,8 @@ def trace(
     *,
     inline: frozenset[str] | None = None,
     hints: Hints | None = None,
+    probing: bool = False,
+    loose: bool = False,
 ) -> Trace:
     """Trace ``model``, leaving as leaves those modules whose code cannot be traced.
 
@@ -80,6 +87,8 @@ def trace(
         inputs: example values by parameter name (see :func:`bind_inputs`); None to trace without.
         inline: paths of the modules to trace into; by default all that may hold a residual add.
         hints: what to wrap, to leave whole and to look into.
+        probing: trace also what a graph cannot hold, to see what is there. The graph is not to be run.
+        loose: inputs that the code only passes on are not checked; see :mod:`hc_transform.loosen`.
 
     Raises:
         PatternError: a hint names no module.
@@ -91,18 +100,24 @@ def trace(
         wanted = candidates(model).union(*(_with_parents(p) for p in hints.chosen("inline_modules", model)))
     opaque = dict.fromkeys(hints.chosen("leaf_modules", model), "leaf_modules names it")
     for path, module in model.named_modules():
-        if path and path in wanted and (reason := _must_stay_leaf(module)):
+        if path and path in wanted and not probing and (reason := _must_stay_leaf(module)):
             opaque[path] = reason
     while True:
         leaves = tuple(opaque)
         inlined = frozenset(path for path in wanted if not any(path == o or path.startswith(o + ".") for o in leaves))
         work = clone_structure(model)
+        show_plain_tensors(work, inlined)
         values = {} if inputs is None else copy_inputs(dict(inputs))
         try:
             with state_restored(model), torch.enable_grad():  # so that a no_grad region shows in any mode
-                tracer = ValueTracer(inlined, values if inputs is not None else _defaults(model), hints.wrap_functions)
+                given = values if inputs is not None else _defaults(model)
+                tracer = ValueTracer(inlined, given, hints.wrap_functions, probing=probing)
+                tracer.calls.update(dict.fromkeys(opaque))
                 graph = tracer.trace(work)
-            _refuse_assigned(work, inlined)
+                if loose:
+                    graph, work = _loosened(graph, work, tracer, model, hints)
+            if not probing:
+                record_assignments(graph, work, model, inlined)
             break
         except CannotInline as failure:
             if not failure.path:
@@ -113,7 +128,7 @@ def trace(
             opaque[failure.path] = reason
             if not any(path.startswith(failure.path + ".") for path in inlined):
                 opaque.update({p: reason for p, m in model.named_modules() if type(m) is failed and p in inlined})
-    _remove_unused_shape_reads(graph)
+    _remove_unused_reads(graph)
     _hoist_decisions(graph)
     _attach_constants(work)
     graph_module = fx.GraphModule(work, graph, type(model).__name__)
@@ -121,17 +136,31 @@ def trace(
         graph_module.__dict__[name] = work.__dict__[name]
     keep_plain_tensors(graph_module, work)
     graph.lint()
-    return Trace(graph_module, inlined, opaque, tracer.reads_training, inputs is not None)
+    calls = {path: call for path, call in tracer.calls.items() if call is not None}
+    return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None)
 
 
-def _refuse_assigned(work: nn.Module, inlined: frozenset[str]) -> None:
-    """Blame a module whose traced code stored what it computed on itself: a graph would not."""
-    for path, module in work.named_modules(remove_duplicate=False):
-        if path not in inlined:
-            continue
-        for name, value in (*module._buffers.items(), *module.__dict__.items()):
-            if isinstance(value, fx.Proxy):
-                raise CannotInline(path, f"its code assigns to its attribute {name!r}, which a graph would not")
+def _loosened(
+    graph: fx.Graph, work: nn.Module, tracer: ValueTracer, model: nn.Module, hints: Hints
+) -> tuple[fx.Graph, nn.Module]:
+    """Return the graph without checks of inputs that are only passed on, and the module it is of."""
+    works = {id(graph): work}
+
+    def again(inputs: Mapping[str, Any], loose: frozenset[str]) -> fx.Graph:
+        copied = clone_structure(model)
+        show_plain_tensors(copied, tracer.inline)
+        another = ValueTracer(tracer.inline, inputs, hints.wrap_functions, loose=loose, script=list(tracer.evaluated))
+        made = another.trace(copied)
+        works[id(made)] = copied
+        return made
+
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    defaults = {p.name: p.default for p in named if p.default is not p.empty}
+    given = {p.name: tracer.inputs[p.name] for p in named if p.name in tracer.inputs}
+    stars = {name: value for name, value in tracer.inputs.items() if name not in given}
+    graph = loosen(graph, given, defaults, lambda inputs, loose: again({**inputs, **stars}, loose))
+    return graph, works[id(graph)]
 
 
 def candidates(model: nn.Module) -> frozenset[str]:
@@ -213,15 +242,10 @@ def _code_objects(code: CodeType) -> Iterator[CodeType]:
 
 
 def _must_stay_leaf(module: nn.Module) -> str | None:
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(module, name, None) for name in hooks):
+    if has_hooks(module):
         return "it has hooks, which a graph of its code would not call"
     if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
         return "it is compiled already; convert first, compile afterwards"
-    if torch.nn.utils.parametrize.is_parametrized(module) and not any(
-        may_add(child) for name, child in module.named_modules() if name
-    ):
-        return "its parameters are parametrized"
     return None
 
 
@@ -285,9 +309,9 @@ def _all_inputs_plain(node: fx.Node) -> bool:
     )
 
 
-def _remove_unused_shape_reads(graph: fx.Graph) -> None:
+def _remove_unused_reads(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
-        if not node.users and (is_shape_read(node) or node.op == "get_attr"):
+        if not node.users and (is_shape_read(node) or node.op == "get_attr" or node.target is written_through):
             graph.erase_node(node)
 
 

@@ -3,17 +3,17 @@
 Differences from ``torch.fx.Tracer``: proxies carry values and record what was decided on them;
 every torch call of traced code is recorded, also those without a proxy among their arguments
 (``torch.arange(n)``, ``torch.rand(1)``); ``self.training`` is read on every call; in-place
-operations rebind the proxies of the tensor they change; custom autograd functions stay whole.
+operations rebind the proxies of the memory they change; custom autograd functions stay whole.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import inspect
 import linecache
 import math
 import operator
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -25,12 +25,15 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from . import guards
+from .aliases import Aliases, version_of, written_through
 from .frames import short_name, user_frame
-from .patches import is_constant, patched
+from .inputs import is_constant, is_entry_of_input, place_inputs
+from .patches import patched
 from .proxy import UNKNOWN, CannotInline, ValueProxy
 
 SHAPE_METHODS = frozenset("size dim ndimension numel nelement stride is_floating_point is_complex get_device".split())
 SHAPE_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda is_sparse is_nested layout itemsize".split())
+VALUE_READS = frozenset("item tolist equal allclose is_nonzero numpy __contains__ contains".split())
 
 
 class ValueTracer(fx.Tracer):
@@ -41,12 +44,26 @@ class ValueTracer(fx.Tracer):
         inputs: value of each forward parameter, in order; UNKNOWN where there is none. Constants
             (None, numbers, strings) stay constants, checked on every call.
         wrap_functions: functions to record as one call.
+        probing: go on where a graph could not hold what the code does.
+        loose: inputs that become proxies without a check though they are constants.
+        script: what an earlier trace evaluated; its values are taken again, in order.
+
+    Attributes:
+        evaluated: every operation with its value, a script for another trace.
+        calls: what modules were called with; its keys say of which this is kept.
     """
 
     proxy_buffer_attributes = True
 
     def __init__(
-        self, inline: frozenset[str], inputs: Mapping[str, Any], wrap_functions: tuple[Callable[..., Any], ...] = ()
+        self,
+        inline: frozenset[str],
+        inputs: Mapping[str, Any],
+        wrap_functions: tuple[Callable[..., Any], ...] = (),
+        *,
+        probing: bool = False,
+        loose: frozenset[str] = frozenset(),
+        script: list[tuple[Any, ...]] | None = None,
     ) -> None:
         super().__init__(
             autowrap_modules=(math, einops),  # type: ignore[arg-type]
@@ -54,12 +71,17 @@ class ValueTracer(fx.Tracer):
         )
         self.inline = inline
         self.inputs = inputs
+        self.probing = probing
+        self.loose = loose
+        self.evaluated: list[tuple[Any, ...]] = []
+        self._script = None if script is None else iter(script)
+        self.calls: dict[str, tuple[Any, Any] | None] = {}
         self.evaluating = False
         self.reads_training = False
         self._paths = [""]
         self._known: dict[Any, ValueProxy] = {}
         self._decided: set[Any] = set()
-        self._aliases: dict[int, list[weakref.ref[ValueProxy]]] = {}
+        self._aliases = Aliases()
         self._context = _context_state()
 
     # -- entry
@@ -75,57 +97,17 @@ class ValueTracer(fx.Tracer):
             raise CannotInline("", error) from error
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        signature = inspect.signature(self.root.forward)
-        args: list[Any] = []
-        kwargs: dict[str, Any] = {}
-        # Decorators around a forward look for inputs by their names, where they can be given so.
-        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-        self._by_keyword = all(p.kind not in positional for p in signature.parameters.values())
-        for name, parameter in signature.parameters.items():
-            value = self.inputs.get(name, parameter.default)
-            self._place(name, parameter, value, args, kwargs)
         forward = self.root.forward  # bound, so that one set on the instance counts
+        args, kwargs = place_inputs(self, inspect.signature(forward), self.inputs)
 
         def call() -> Any:
             return forward(*args, **kwargs)
 
         return call, []
 
-    def _place(
-        self, name: str, parameter: inspect.Parameter, value: Any, args: list[Any], kwargs: dict[str, Any]
-    ) -> None:
-        """Make the placeholder of one parameter, and pass it on to the call."""
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            value = () if value is parameter.empty or value is UNKNOWN else value
-            proxy = self._placeholder(f"*{name}", (), value)
-            self.graph.call_function(guards.check_len, (proxy.node, len(value), f"*{name}"))
-            args.extend(proxy[i] for i in range(len(value)))
-            return
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            value = {} if value is parameter.empty or value is UNKNOWN else value
-            proxy = self._placeholder(f"**{name}", (), value)
-            self.graph.call_function(guards.check_keys, (proxy.node, tuple(value), f"**{name}"))
-            kwargs.update({key: proxy[key] for key in value})
-            return
-        default = () if parameter.default is parameter.empty else (parameter.default,)
-        if value is parameter.empty:
-            value = UNKNOWN
-        if value is UNKNOWN or not is_constant(value):
-            given: Any = self._placeholder(name, _plain(default), value)
-            if default == (None,) and value is not UNKNOWN:
-                self.graph.call_function(guards.check_tensor_input, (given.node, name))
-        else:
-            given = value
-            proxy = self._placeholder(name, default, value)
-            self.graph.call_function(guards.check_input, (proxy.node, value, name))
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY or self._by_keyword:
-            kwargs[name] = given
-        else:
-            args.append(given)
-
-    def _placeholder(self, target: str, default: tuple[Any, ...], value: Any) -> ValueProxy:
-        node = self.create_node("placeholder", target, default, {})
-        return self._proxy_of(node, value)
+    def placeholder(self, target: str, default: tuple[Any, ...], value: Any) -> ValueProxy:
+        """Make the placeholder of one parameter."""
+        return self._proxy_of(self.create_node("placeholder", target, default, {}), value)
 
     # -- recording
 
@@ -141,7 +123,7 @@ class ValueTracer(fx.Tracer):
         **__: Any,
     ) -> Any:
         """Run the operation on the example values and record it."""
-        if _context_state() != self._context:
+        if not self.probing and _context_state() != self._context:
             raise CannotInline(
                 self._paths[-1], "it changes the grad mode or autocast state, which a graph does not hold"
             )
@@ -152,15 +134,19 @@ class ValueTracer(fx.Tracer):
         key = (kind, target, node_args, tuple(node_kwargs.items())) if about_shape else None
         if key is not None and _hashable(key) and key in self._known:
             return self._known[key]
-        value, changed = self._evaluate(kind, target, args, kwargs)
+        value, changed = self._value(kind, target, args, kwargs)
         node = self.create_node(kind, target, node_args, node_kwargs, name, type_expr)
         if value is None:
             if target in (operator.getitem, getattr):
                 self._record(guards.check_equal, node, None)
             return None
         proxy = self._proxy_of(node, value)
-        if target is operator.getitem and isinstance(value, torch.Tensor) and _entry_of_input(node):
-            name = f"{node_args[0]}[{node_args[1]!r}]"
+        if not isinstance(value, torch.Tensor) and _reads_values(node):
+            node.meta["hc_on_values"] = True
+        if isinstance(value, torch.Tensor) and is_entry_of_input(node):
+            name = (
+                f"{node_args[0]}[{node_args[1]!r}]" if target is operator.getitem else f"{node_args[0]}.{node_args[1]}"
+            )
             self.graph.call_function(guards.check_tensor_input, (node, name))
         if key is not None and _hashable(key):
             self._known[key] = proxy
@@ -194,11 +180,14 @@ class ValueTracer(fx.Tracer):
         self._decided.add(key)
         frame = user_frame()
         where = "an unknown line" if frame is None else f"{short_name(frame[0])}:{frame[1]}"
-        self.create_node("call_function", check, (node, *expected, where), {})
+        made = self.create_node("call_function", check, (node, *expected, where), {})
+        of_tensor = issubclass(node.meta.get("hc_type", object), torch.Tensor) and check is not guards.check_len
+        if of_tensor or "hc_on_values" in node.meta:
+            made.meta["hc_on_values"] = True
 
     def refuse_in_submodule(self, reason: str) -> None:
         """Leave the module that is being traced a leaf, unless it is the root."""
-        if self._paths[-1]:
+        if self._paths[-1] and not self.probing:
             raise CannotInline(self._paths[-1], reason)
 
     def look_at(self, value: Any, name: str) -> Any:
@@ -209,6 +198,9 @@ class ValueTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):  # also one that is a mapping of its fields
+            fields = {f.name: self.create_arg(getattr(a, f.name)) for f in dataclasses.fields(a) if f.init}
+            return self.create_node("call_function", type(a), (), fields)
         if isinstance(a, dict) and type(a) is not dict:
             items = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", type(a), (items,), {})
@@ -224,18 +216,23 @@ class ValueTracer(fx.Tracer):
             node.meta["hc_type"] = type(value)
         proxy = ValueProxy(node, self, value)
         if isinstance(value, torch.Tensor):
-            self._aliases.setdefault(id(value), []).append(weakref.ref(proxy))
+            with self._untraced():
+                self._aliases.add(proxy)
         return proxy
 
     def _rebind(self, tensor: torch.Tensor, node: fx.Node, returned: bool) -> None:
-        """Let every proxy of a tensor changed in place stand for the changed tensor."""
-        for reference in self._aliases.get(id(tensor), []):
-            proxy = reference()
-            if proxy is not None and proxy.hc_value is tensor:
-                if returned:
-                    proxy.node = node
-                else:
-                    node.meta.setdefault("hc_overwrites", []).append(proxy.node)
+        """Let every proxy of memory that ``node`` changed in place stand for what it is now."""
+        with self._untraced():
+            changed = list(self._aliases.of(tensor))
+        for proxy in changed:
+            if proxy.node is node:
+                continue
+            if returned and proxy.hc_value is tensor:
+                proxy.node = node
+            else:
+                before = proxy.node
+                proxy.node = self.create_node("call_function", written_through, (before, node), {})
+                proxy.node.meta.update({k: before.meta[k] for k in ("tensor_meta", "hc_type") if k in before.meta})
 
     # -- values
 
@@ -246,6 +243,18 @@ class ValueTracer(fx.Tracer):
             yield
         finally:
             self.evaluating = before
+
+    def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
+        """Return what :meth:`_evaluate` does, or what it did in the trace that the script is of."""
+        if self._script is None or kind == "get_attr":
+            value, changed = self._evaluate(kind, target, args, kwargs)
+        else:
+            before, name, value, changed = next(self._script, (None, None, None, []))
+            if before != kind or name != getattr(target, "__name__", target):
+                raise CannotInline("", "it decides on an input")
+        if kind != "get_attr":
+            self.evaluated.append((kind, getattr(target, "__name__", target), value, changed))
+        return value, changed
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
         """Return the operation's value and those argument tensors that it changed in place."""
@@ -264,16 +273,18 @@ class ValueTracer(fx.Tracer):
         args, kwargs = (fx.node.map_aggregate(a, value_of) for a in (args, kwargs))
         if unknown:
             return UNKNOWN, []
+        if kind == "call_module" and self.calls.get(target, ()) is None:
+            self.calls[target] = (args, kwargs)
         with self._untraced(), torch.no_grad():
             tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
-            versions = [_version(tensor) for tensor in tensors]
+            versions = [version_of(tensor) for tensor in tensors]
             if kind == "call_function":
                 value = target(*args, **kwargs)
             elif kind == "call_method":
                 value = getattr(args[0], target)(*args[1:], **kwargs)
             else:
                 value = self.root.get_submodule(target)(*args, **kwargs)
-            return value, [t for t, v in zip(tensors, versions, strict=True) if _version(t) != v]
+            return value, [t for t, v in zip(tensors, versions, strict=True) if version_of(t) != v]
 
     # -- modules
 
@@ -297,7 +308,7 @@ class ValueTracer(fx.Tracer):
         return module_qualified_name not in self.inline
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self.evaluating:
+        if self.evaluating or isinstance(attr_val, fx.Proxy):  # a proxy: traced code stored it there
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -327,10 +338,6 @@ def _context_state() -> tuple[Any, ...]:
     )
 
 
-def _plain(default: tuple[Any, ...]) -> tuple[Any, ...]:
-    return default if all(is_constant(value) for value in default) else (None,)
-
-
 def _of_sizes(target: Any, args: Any) -> bool:
     """Whether an operation is arithmetic on sizes: no argument is a tensor."""
     if getattr(target, "__module__", None) not in (operator.add.__module__, math.__name__):
@@ -342,13 +349,13 @@ def _of_sizes(target: Any, args: Any) -> bool:
     )
 
 
-def _entry_of_input(node: fx.Node) -> bool:
-    """Whether ``node`` takes an entry out of an input that is a dict, list or tuple."""
-    while node.op == "call_function" and node.target is operator.getitem and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-        if issubclass(node.meta.get("hc_type", torch.Tensor), torch.Tensor):
-            return False
-    return node.op == "placeholder"
+def _reads_values(node: fx.Node) -> bool:
+    """Whether a number, or a list of them, depends on the values of tensors."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    sources = node.all_input_nodes
+    if name in VALUE_READS and any(issubclass(n.meta.get("hc_type", object), torch.Tensor) for n in sources):
+        return True
+    return any("hc_on_values" in n.meta for n in sources)
 
 
 def _hashable(key: Any) -> bool:
@@ -357,10 +364,6 @@ def _hashable(key: Any) -> bool:
     except TypeError:
         return False
     return True
-
-
-def _version(tensor: torch.Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
 
 
 def _attribute(root: nn.Module, target: str) -> Any:

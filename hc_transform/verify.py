@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from .ends import StreamDropout
 from .errors import NotEquivalent
 from .planner import Plan
-from .reference import ReferenceInterpreter, separate
+from .reference import NamedInputs, ReferenceInterpreter, separate
 from .rewrite import CONNECTIONS_NAME
 from .structure import copy_inputs, state_restored
 from .trace import bind_inputs
@@ -90,22 +90,16 @@ def first_difference(
 ) -> str | None:
     """Return a phrase that names the first residual whose streams differ from the reference's, if any."""
     given = bind_inputs(original, args, kwargs)
-    placeholders = [str(n.target) for n in plan.graph_module.graph.nodes if n.op == "placeholder"]
-    nested = plan.options.nested == "all"  # the reference knows no trunks within branches
-    stars = [i for i, target in enumerate(placeholders) if target.startswith("*")]
-    several = any(placeholders[i].strip("*") in given for i in stars)  # the interpreter cannot tell them apart
-    late = stars and any(name in given for name in placeholders[stars[0] :])
-    if not plan.residuals or nested or several or late:
+    if not plan.residuals or plan.options.nested == "all":  # the reference knows no trunks within branches
         return None
-    inputs = [given[name] for name in placeholders if name in given]
     connections = converted.get_submodule(CONNECTIONS_NAME)
     start = {name: value.clone() for name, value in connections.state_dict().items()}
     recorder = _Recorder(converted)
     try:
         separate(connections)
-        run_like(converted, inputs, {}, recorder.run)
+        run_like(converted, (), given, recorder.run_on)
         reference = ReferenceInterpreter(plan, dict(connections.named_children()))
-        run_like(plan.graph_module, inputs, {}, reference.run)
+        run_like(plan.graph_module, (), given, reference.run_on)
     finally:
         connections.load_state_dict(start)
     for residual in plan.residuals:
@@ -130,7 +124,7 @@ def without_stream_dropout(converted: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-class _Recorder(fx.Interpreter):
+class _Recorder(NamedInputs):
     """Keep the streams after each residual, ``[n, ...]``."""
 
     def __init__(self, gm: fx.GraphModule) -> None:
