@@ -98,7 +98,8 @@ CONFORMER = {**MELS, "subsampling_conv_channels": 8, "conv_kernel_size": 5}
 AUDIO: Settings = {
     **{
         name: CONVOLUTIONS
-        for name in """data2vec-audio hubert omniasr_audio sew sew-d unispeech unispeech-sat wav2vec2 wav2vec2-conformer wavlm""".split()
+        for name in """data2vec-audio hubert omniasr_audio sew sew-d unispeech unispeech-sat wav2vec2
+        wav2vec2-conformer wavlm""".split()
     },
     "audio-spectrogram-transformer": {**MELS, "max_length": 24, "frequency_stride": 4, "time_stride": 4},
     "clap": {
@@ -184,8 +185,8 @@ LENGTHS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(
         (
             f"vision:{name}"
-            for name in """bit convnext convnextv2 conditional_detr cvt deformable_detr detr dinov3_convnext efficientnet
-            focalnet glpn hgnet_v2 mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 poolformer pvt_v2 regnet
+            for name in """bit convnext convnextv2 conditional_detr cvt deformable_detr detr dinov3_convnext
+            efficientnet focalnet glpn hgnet_v2 mobilenet_v1 mobilenet_v2 mobilevit mobilevitv2 poolformer pvt_v2 regnet
             resnet segformer swiftformer table-transformer""".split()
         ),
         (64, 96),
