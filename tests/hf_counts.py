@@ -101,7 +101,7 @@ CAUSAL: Counts = {
     "zamba2": (lambda c: c.num_hidden_layers, "as zamba"),
     "zaya": (
         lambda c: 2 * c.num_hidden_layers,
-        "(f + b1) * s1 + (x + b2) * s2: the skip is shifted and scaled by parameters, pointwise",
+        "(f + b1) * s1 + (x + b2) * s2. Doubtful: the skip is shifted as well as scaled by parameters",
     ),
     **every("deepseek_v4 hy_v4 qwen4_exp_text", REFUSED, "hyper-connected already"),
 }

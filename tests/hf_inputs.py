@@ -115,6 +115,8 @@ def sound(config: Any) -> Inputs:
             kwargs = {"input_features": torch.randn(batch, length, config.feature_projection_input_dim)}
         elif name in ("parakeet_encoder", "lasr_encoder"):  # (B, T, mels)
             kwargs = {"input_features": torch.randn(batch, 8 * length, config.num_mel_bins)}
+        elif name == "omniasr_audio":
+            kwargs = {"input_values": torch.randn(batch, 1, length)}
         else:
             kwargs = {"input_values": torch.randn(batch, length)}
         if config.is_encoder_decoder:

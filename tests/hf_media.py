@@ -7,6 +7,8 @@ from hf_models import Settings, plain
 STAGES = {"depths": [2, 1, 2, 1], "hidden_sizes": [8, 16, 24, 32]}
 PYRAMID = {**STAGES, "num_attention_heads": [1, 2, 3, 4]}
 WINDOWS = {"embed_dim": 8, "depths": [2, 2, 2], "num_heads": [1, 2, 4], "patch_size": 2, "window_size": 4}
+BACKBONE = {"model_type": "resnet", **STAGES, "embedding_size": 8, "out_features": ["stage4"]}
+DETECTION = {"backbone_config": BACKBONE, "num_queries": 6}
 
 VISION: Settings = {
     **plain("""
@@ -16,12 +18,16 @@ VISION: Settings = {
         pixtral sam3_vit_model mobilenet_v2 mobilenet_v1 clip siglip chinese_clip owlvit
     """),
     "bit": {**STAGES, "num_groups": 4},
-    "conditional_detr": {"backbone_config": {"model_type": "resnet"}, "num_queries": 6},
+    "conditional_detr": DETECTION,
     "convnext": STAGES,
     "convnextv2": STAGES,
     "cvt": {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 4], "depth": [1, 2, 3]},
-    "deformable_detr": {"backbone_config": {"model_type": "resnet"}, "num_queries": 6},
-    "detr": {"backbone_config": {"model_type": "resnet"}, "num_queries": 6},
+    "deformable_detr": {
+        "backbone_config": {**BACKBONE, "out_features": ["stage2", "stage3", "stage4"]},
+        "num_queries": 6,
+        "num_feature_levels": 3,
+    },
+    "detr": DETECTION,
     "dinov3_convnext": STAGES,
     "donut-swin": WINDOWS,
     "efficientnet": {
@@ -77,7 +83,7 @@ VISION: Settings = {
     "swin": WINDOWS,
     "swin2sr": {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "patch_size": 1, "window_size": 4},
     "swinv2": WINDOWS,
-    "table-transformer": {"backbone_config": {"model_type": "resnet"}, "num_queries": 6},
+    "table-transformer": DETECTION,
     "videomae": {"num_frames": 4, "tubelet_size": 2},
     "vilt": {},
     "vivit": {"num_frames": 4, "tubelet_size": [2, 8, 8]},
