@@ -93,6 +93,7 @@ CAUSAL: Counts = {
     "mamba2": (lambda c: c.num_hidden_layers, "one mixer a block; its scan + D * x is inside the branch"),
     "nemotron_h": (lambda c: len(c.layers_block_type), "one mixer a block, of whichever kind"),
     "stablelm": (lambda c: (1 if c.use_parallel_residual else 2) * c.num_hidden_layers, "parallel: one residual"),
+    "xlstm": (lambda c: 2 * c.num_hidden_layers, "mLSTM and MLP"),
     "zamba": (
         lambda c: c.num_hidden_layers,
         "one mixer a layer. In a hybrid layer the branch reads h + shared_transformer(h): inside the branch, not on "
@@ -269,6 +270,12 @@ VISION: Counts = {
     "mobilevitv2": (
         lambda c: (2 - 1) + 2 * sum(c.n_attn_blocks),
         "one inverted residual of stride 1 (stage 2), attention and MLP of the transformer layers",
+    ),
+    "sam": (
+        lambda c: 2 * c.vision_config.num_hidden_layers + 4 * c.mask_decoder_config.num_hidden_layers - 1 + 1,
+        "image encoder: attention and MLP; mask decoder: attention (without a skip in its first layer), cross "
+        "attention, MLP, and cross attention of the image, whose stream is another trunk; one more cross attention "
+        "after the layers",
     ),
     "swiftformer": (
         lambda c: sum((depth - 1) + 3 for depth in c.depths),

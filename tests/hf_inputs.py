@@ -81,6 +81,8 @@ def images(config: Any) -> Inputs:
             return _patches(batch, side // config.patch_size, 3 * config.patch_size**2)
         if config.model_type in ("clip", "siglip", "chinese_clip", "owlvit", "vilt"):
             return {**text(config)(batch, 12), "pixel_values": pixels}
+        if config.model_type == "sam":
+            return {"pixel_values": pixels, "input_points": side * torch.rand(batch, 1, 2, 2)}
         return {"pixel_values": pixels}
 
     return inputs

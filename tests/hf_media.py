@@ -76,6 +76,17 @@ VISION: Settings = {
     "radio": {},
     "regnet": {**STAGES, "embedding_size": 8, "groups_width": 4},
     "resnet": {**STAGES, "embedding_size": 8},
+    "sam": {
+        "vision_config": {
+            "output_channels": 32,
+            "mlp_dim": 64,
+            "window_size": 3,
+            "global_attn_indexes": [1],
+            "num_pos_feats": 16,
+        },
+        "prompt_encoder_config": {"mask_input_channels": 8},
+        "mask_decoder_config": {"iou_head_hidden_dim": 16},
+    },
     "sam_vision_model": {"output_channels": 16, "mlp_dim": 64, "window_size": 3, "global_attn_indexes": [1]},
     "sam_hq_vision_model": {"output_channels": 16, "mlp_dim": 64, "window_size": 3, "global_attn_indexes": [1]},
     "segformer": PYRAMID,

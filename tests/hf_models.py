@@ -81,6 +81,7 @@ CAUSAL: Settings = {
     },
     "recurrent_gemma": {"num_hidden_layers": 3, "attention_window_size": 16},
     "sarvam_mla": LATENT,
+    "xlstm": {"hidden_size": 128, "num_heads": 4, "chunk_size": 16},
     "youtu": LATENT,
     "zamba": {
         "num_hidden_layers": 4,
