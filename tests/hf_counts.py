@@ -5,7 +5,7 @@ a value that its branch is computed from, scaled or not; a sum of several branch
 ``x + attn(x) + mlp(x)``, is one residual. Sums of experts, of position embeddings and of two projections do not
 count; nor do projection shortcuts; nor adds inside the branch of another residual, since of trunks that nest
 the one with the most residuals is converted. Counts are of adds that run: a block that runs five times counts
-five times; ``looped`` also notes how often its adds are written. A note that begins with "doubtful" says
+five times; ``looped`` also notes how often its adds are written. A note with "doubtful" in it says
 what else the number could be.
 """
 
