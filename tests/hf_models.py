@@ -19,15 +19,14 @@ def plain(names: str) -> Settings:
 CAUSAL: Settings = {
     **plain("""
         afmoe apertus apertus1p5_text arcee aria_text beam bitnet bloom cohere cohere2 cohere2_moe cpmant ctrl
-        cwm deepseek_v4 doge dots1 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon falcon_h1 falcon_mamba
-        flex_olmo flint gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox
+        cwm deepseek_v4 doge dots1 ernie4_5 ernie4_5_moe exaone exaone4 exaone_moe falcon falcon_mamba flex_olmo
+        flint gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox
         gpt_neox_japanese gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoeshared helium hrm_text
         hunyuan_v1_dense hunyuan_v1_moe hy_v3 hy_v4 hyperclovax inkling_text internlm3 iquestcoder jais2 jetmoe
         kolibri1 laguna lara_mini lfm2 llama llama4_text mamba mellum mimo_v2_flash minimax minimax_m2
         minimax_m3_vl_text ministral ministral3 mistral mixtral modernbert-decoder moshi mpt nanochat nemotron
-        nemotron_h olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe
-        qwen3 qwen3_moe rwkv sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma xglm
-        biogpt
+        olmo olmo2 olmo3 olmo_hybrid olmoe openai-gpt opt persimmon phi phi3 phimoe qwen2 qwen2_moe qwen3
+        qwen3_moe rwkv sarvam_moe seed_oss smollm3 solar_open stablelm starcoder2 trocr vaultgemma xglm biogpt
     """),
     "axk1": LATENT,
     "axk2": LATENT,
@@ -41,6 +40,7 @@ CAUSAL: Settings = {
     "diffllama": {"attention_dropout": 0.0},
     "dory": {"num_hidden_layers": 3, "n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
     "dots3_note_text": {**LATENT, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 8, "head_dim": 16},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 64},
     "gemma3n_text": {
         "num_hidden_layers": 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
@@ -67,6 +67,7 @@ CAUSAL: Settings = {
     "longcat_flash": {**LATENT, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8, "chunk_size": 8},
     "minicpm3": LATENT,
+    "nemotron_h": {"mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "chunk_size": 8},
     "qwen3_5_moe_text": TWO_KINDS,
     "qwen3_5_text": TWO_KINDS,
     "qwen3_next": TWO_KINDS,
