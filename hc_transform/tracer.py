@@ -159,6 +159,8 @@ class ValueTracer(fx.Tracer):
     ) -> fx.Node:
         """Record a node with the module path and the user's line it comes from."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if node.name == "self":  # which generated code has for the module
+            node._rename("self_1")
         node.meta["hc_module"] = self._paths[-1]
         frame = user_frame()
         if frame is not None and kind != "placeholder":
