@@ -118,7 +118,7 @@ def convert(
         shortcuts=shortcuts,
         min_residuals=min_residuals,
     )
-    example = _prepare(model, args, kwargs, scope)
+    example, expected = _prepare(model, args, kwargs, scope)
     hints = _hints(wrap_functions, leaf_modules, inline_modules)
     analysis = _analyse(model, example, options, hints)
     connections = make_connections(analysis.plan)
@@ -130,7 +130,7 @@ def convert(
     if example is None:
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
     elif verify:
-        error = _verify(model, converted, analysis.plan, *example)
+        error = _verify(model, converted, analysis.plan, *example, expected=expected)
         notes.insert(0, f"Verified on the example inputs: largest relative error {error:.1e}.")
     ends = sum(p.numel() for p in modules.parameters()) - sum(
         p.numel() for connection in connections.values() for p in connection.parameters()
@@ -162,7 +162,7 @@ def plan(
     ['self_attn', 'linear1']
     """
     checked = _options(**options)
-    example = _prepare(model, args, kwargs, scope)
+    example, _ = _prepare(model, args, kwargs, scope)
     return _analyse(model, example, checked, _hints(wrap_functions, leaf_modules, inline_modules)).plan
 
 
@@ -190,8 +190,8 @@ def _options(**given: Any) -> Options:
 
 def _prepare(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, scope: str
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Check the model and return the example inputs, which fit it."""
+) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Any]:
+    """Check the model and return the example inputs, which fit it, and its outputs on them."""
     if scope not in SCOPES:
         raise ValueError(f"scope is one of {', '.join(map(repr, SCOPES))}; got {scope!r}")
     refuse_unsupported(model)
@@ -201,13 +201,13 @@ def _prepare(
     if example is not None:
         bind_inputs(model, *example)
         try:
-            run_like(model, *example)
+            return example, run_like(model, *example)
         except Exception as error:
             raise TraceError(
                 f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
                 "Give inputs with args= and kwargs= that the model runs on."
             ) from error
-    return example
+    return None, None
 
 
 def _analyse(

@@ -53,12 +53,17 @@ class _RecordCalls(TorchFunctionMode):
 @contextlib.contextmanager
 def patched(tracer: ValueTracer) -> Iterator[None]:
     """Let ``isinstance``, ``module.training`` and autograd functions see through proxies."""
-    plain_isinstance, plain_apply = builtins.isinstance, torch.autograd.Function.__dict__["apply"]
+    plain_isinstance, plain_callable = builtins.isinstance, builtins.callable
+    plain_apply = torch.autograd.Function.__dict__["apply"]
 
     def value_isinstance(obj: Any, kinds: Any) -> bool:
         if type(obj) is ValueProxy and not plain_isinstance(obj, kinds):
             return obj.hc_value is not UNKNOWN and plain_isinstance(obj.hc_value, kinds) and kinds is not nn.Parameter
         return plain_isinstance(obj, kinds)
+
+    def value_callable(obj: Any) -> bool:  # a proxy's class has __call__, whatever it stands for
+        known = type(obj) is ValueProxy and obj.hc_value is not UNKNOWN
+        return plain_callable(obj.hc_value if known else obj)
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         function = plain_apply.__get__(None, cls)
@@ -113,6 +118,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     torch.autocast.__enter__ = enter  # type: ignore[method-assign]
     torch._C.ScriptFunction.__call__ = call_script  # type: ignore[assignment,method-assign]
     builtins.isinstance = value_isinstance  # type: ignore[assignment]
+    builtins.callable = value_callable  # type: ignore[assignment]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
     for name, plain in plain_checkpoints.items():
         setattr(torch.utils.checkpoint, name, functools.partial(around_function, plain))
@@ -126,6 +132,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         torch.autocast.__enter__ = plain_enter  # type: ignore[method-assign]
         torch._C.ScriptFunction.__call__ = plain_script  # type: ignore[method-assign]
         builtins.isinstance = plain_isinstance
+        builtins.callable = plain_callable
         torch.autograd.Function.apply = plain_apply  # type: ignore[method-assign]
         for name, plain in plain_checkpoints.items():
             setattr(torch.utils.checkpoint, name, plain)

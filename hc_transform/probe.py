@@ -48,7 +48,6 @@ def _may_add(module: nn.Module) -> bool:
 
 
 def _source_of(cls: type) -> str:
-    try:
-        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
-    except (OSError, TypeError):
-        return "unknown location"
+    """Return where the class's forward stands."""
+    code = getattr(inspect.unwrap(getattr(cls, "forward", cls)), "__code__", None)
+    return "unknown location" if code is None else f"{code.co_filename}:{code.co_firstlineno}"

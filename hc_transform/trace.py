@@ -20,7 +20,7 @@ from .aliases import written_through
 from .assignments import record_assignments, show_plain_tensors
 from .errors import TraceError, UnsupportedModel
 from .frames import INTERNAL_FILES
-from .guards import CHECKS
+from .guards import CHECKS, check_equal
 from .hints import Hints
 from .proxy import UNKNOWN, CannotInline
 from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors, state_restored
@@ -125,6 +125,7 @@ def trace(
                 opaque.update({p: reason for p, m in model.named_modules() if type(m) is failed and p in inlined})
     _remove_unused_reads(graph)
     _hoist_decisions(graph)
+    _check_placement(graph, work)
     _attach_constants(work)
     graph_module = fx.GraphModule(work, graph, type(model).__name__)
     for name in ("_parameters", "_buffers", "_modules"):  # whole, not only what the graph refers to
@@ -235,7 +236,9 @@ def _root_error(model: nn.Module, failure: CannotInline, has_values: bool) -> Ex
     name = type(model).__name__
     reason = _describe(failure.cause)
     if isinstance(failure.cause, str):
-        return UnsupportedModel(f"{name}.forward cannot be held in one graph: {reason}.")
+        return UnsupportedModel(
+            f"{name}.forward cannot be held in one graph: {reason}. Convert the submodules that add by themselves."
+        )
     hint = "" if has_values else " Give example inputs with args=, so that decisions on values can be followed."
     return TraceError(
         f"{name}.forward could not be traced: {reason}.{hint} "
@@ -285,6 +288,25 @@ def _remove_unused_reads(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if not node.users and (is_shape_read(node) or node.op == "get_attr" or node.target is written_through):
             graph.erase_node(node)
+
+
+def _check_placement(graph: fx.Graph, work: nn.Module) -> None:
+    """Check dtype and device of the parameters where the code may have read them: the trace holds them as constants."""
+    name, like = next(((n, p) for n, p in work.named_parameters() if p.is_floating_point()), ("", None))
+    if like is None:
+        return
+    constants: set[Any] = set()
+    for node in graph.nodes:
+        if node.target not in CHECKS:
+            fx.node.map_aggregate((node.args, node.kwargs), constants.add)  # type: ignore[arg-type, func-returns-value]
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for attribute in ("dtype", "device"):
+        value = getattr(like, attribute)
+        if value in constants:
+            with graph.inserting_before(first):
+                read = graph.call_function(getattr, (graph.create_node("get_attr", name, (), {}), attribute))
+                read.meta["hc_type"] = type(value)
+                graph.call_function(check_equal, (read, value, f"the {attribute} of the parameters"))
 
 
 def _hoist_decisions(graph: fx.Graph) -> None:
