@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from .connections import ConnectionLike
-from .errors import NothingToConvert, TraceError, UnsupportedModel
+from .convert_blocks import analyse_blocks, convert_blocks, verify_blocks
+from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .examples import example_inputs
 from .find import Reason
 from .hints import Hints
@@ -19,13 +20,15 @@ from .options import Options
 from .pipeline import Analysis, analyse
 from .planner import Plan
 from .report import report_of
-from .rewrite import CONNECTIONS_NAME, connection_dict, make_connections
+from .rewrite import CONNECTIONS_NAME, connection_dict, key_of, make_connections
 from .structure import clone_structure
 from .trace import bind_inputs
-from .verify import run_like, verify
+from .verify import run_like, tolerance_of
+from .verify import verify as verify_graph
 
 OPTIMIZER_NOTE = "An optimizer made before the conversion does not know the new parameters: make it anew."
-SCOPES = ("graph", "auto")
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+SCOPES = ("graph", "blocks", "auto")
 
 
 def convert(
@@ -48,15 +51,18 @@ def convert(
     shortcuts: str = "break",
     min_residuals: int = 1,
     scope: str = "auto",
+    share_calls: bool = False,
+    inplace: bool = False,
     verify: bool = True,
     wrap_functions: Sequence[Callable[..., Any]] = (),
     leaf_modules: Sequence[str | type] = (),
     inline_modules: Sequence[str | type] = (),
-) -> HyperConnectedModule:
+) -> Any:
     """Return ``model`` with its residual streams widened to ``num_streams`` hyper-connected streams.
 
     The result computes what ``model`` computes until it is trained. It shares the parameters and
-    buffers of ``model``, which stays as it is.
+    buffers of ``model``, which stays as it is. It is a :class:`HyperConnectedModule`, an FX graph, or
+    with ``scope="blocks"`` a model of the class of ``model``.
 
     Args:
         model: any nn.Module that is not wrapped (DDP, FSDP, torch.compile, torch.jit).
@@ -83,7 +89,12 @@ def convert(
         shortcuts: projection shortcuts (the first block of a ResNet's stage, pooling) "break" the trunk, or
             "carry" the streams: the shortcut is applied to each of them.
         min_residuals: trunks with fewer residuals are left alone.
-        scope: "graph", one FX graph of the whole model; "auto" chooses it too.
+        scope: "graph", one FX graph of the whole model; "blocks", the model stays itself (class, methods,
+            ``generate``) and the modules that hold residuals run graphs; "auto", graph where the whole
+            model can be traced, else blocks.
+        share_calls: with scope "blocks", one connection for all calls of a module that is called several
+            times, in place of one for each.
+        inplace: with scope "blocks", change ``model`` itself and return it.
         verify: run both models on the example inputs and compare.
         wrap_functions: functions that are not to be traced into.
         leaf_modules: modules that are not to be traced into, by class or pattern of paths.
@@ -120,6 +131,25 @@ def convert(
     )
     example, expected = _prepare(model, args, kwargs, scope)
     hints = _hints(wrap_functions, leaf_modules, inline_modules)
+    if scope == "blocks" or inplace:
+        if scope == "graph":
+            raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
+        return _convert_blocks(model, example, options, hints, share_calls, inplace, verify, "")
+    try:
+        return _convert_graph(model, example, expected, options, hints, verify)
+    except (TraceError, UnsupportedModel) as error:
+        if scope == "graph" or example is None or isinstance(error.__cause__, ValueError):
+            raise
+        try:
+            return _convert_blocks(model, example, options, hints, share_calls, inplace, verify, str(error))
+        except HCTransformError:
+            raise error from None
+
+
+def _convert_graph(
+    model: nn.Module, example: Example | None, expected: Any, options: Options, hints: Hints, check: bool
+) -> HyperConnectedModule:
+    """Return the model as one graph."""
     analysis = _analyse(model, example, options, hints)
     connections = make_connections(analysis.plan)
     modules = connection_dict(connections, analysis.plan)
@@ -129,8 +159,8 @@ def convert(
         _trace_other_mode(converted, *example)
     if example is None:
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
-    elif verify:
-        error = _verify(model, converted, analysis.plan, *example, expected=expected)
+    elif check:
+        error = verify_graph(model, converted, analysis.plan, *example, expected=expected)
         notes.insert(0, f"Verified on the example inputs: largest relative error {error:.1e}.")
     ends = sum(p.numel() for p in modules.parameters()) - sum(
         p.numel() for connection in connections.values() for p in connection.parameters()
@@ -139,7 +169,43 @@ def convert(
     return converted
 
 
-_verify = verify  # convert's parameter of that name hides it
+def _convert_blocks(
+    model: nn.Module,
+    example: Example | None,
+    options: Options,
+    hints: Hints,
+    share_calls: bool,
+    inplace: bool,
+    check: bool,
+    why: str,
+) -> nn.Module:
+    """Return the model with graphs in its blocks."""
+    if example is None:
+        raise TraceError(
+            f"scope='blocks' runs {type(model).__name__} once to find its residuals: give example inputs with args= "
+            "and kwargs="
+        )
+    converted, planned, tape, modules = convert_blocks(
+        model, *example, options, hints, share_calls=share_calls, inplace=inplace
+    )
+    plan = planned.plan
+    plain = any(s.reason is Reason.PLAIN for s in plan.skipped)
+    if not plan.residuals and not plain:
+        raise NothingToConvert(_nothing(model, plan))
+    notes, error = [], None
+    if check and not inplace:
+        error, note = verify_blocks(model, converted, planned, tape, modules, *example, bound_of=tolerance_of)
+        notes += [f"Verified on the example inputs: largest relative error {error:.1e}.", *([note] if note else ())]
+    reason = f"because the whole model is no one graph: {why}" if why else "as asked"
+    notes.append(f"Scope blocks, {reason}. {len(planned.blocks)} modules run graphs; the rest is Python as before.")
+    notes += [f"Streams are read out and begin anew {cut}." for cut in planned.cuts]
+    notes += [*planned.notes, OPTIMIZER_NOTE]
+    connections = {r.name: modules[key_of(r.name)] for r in plan.residuals}
+    counted = {id(p): p.numel() for m in modules.values() for p in m.parameters()}
+    ours = {id(p): p.numel() for m in connections.values() for p in m.parameters()}
+    report = report_of(plan, connections, error, tuple(notes), sum(counted.values()) - sum(ours.values()))
+    converted.__dict__["hc_report"] = report
+    return converted
 
 
 def plan(
@@ -163,7 +229,10 @@ def plan(
     """
     checked = _options(**options)
     example, _ = _prepare(model, args, kwargs, scope)
-    return _analyse(model, example, checked, _hints(wrap_functions, leaf_modules, inline_modules)).plan
+    hints = _hints(wrap_functions, leaf_modules, inline_modules)
+    if scope == "blocks" and example is not None:
+        return analyse_blocks(model, *example, checked, share_calls=False, refused={})[0].plan
+    return _analyse(model, example, checked, hints).plan
 
 
 def _hints(
@@ -253,6 +322,11 @@ def refuse_unsupported(model: Any) -> None:
         if isinstance(module, HyperConnectedModule) or CONNECTIONS_NAME in dict(module.named_children()):
             raise UnsupportedModel(
                 f"{type(model).__name__} is converted already: convert the original model, with other options, instead"
+            )
+        if "hyperconnection" in type(module).__name__.lower():
+            raise UnsupportedModel(
+                f"{type(model).__name__} is written with hyper-connections already ({type(module).__name__}): its "
+                "residual streams are not converted once more"
             )
 
 

@@ -44,12 +44,15 @@ def place_inputs(
     given = {name: _checked(tracer, signature.parameters[name], proxies[name], values[name]) for name in proxies}
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
+    # Decorators around a forward look for inputs by their names, where they can be given so.
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
+    by_keyword = all(p.kind not in positional for p in signature.parameters.values())
     for name, parameter in signature.parameters.items():  # entries after all checks, which tell what is missing
         if parameter.kind is parameter.VAR_POSITIONAL:
             args.extend(proxies[name][i] for i in range(len(values[name])))
         elif parameter.kind is parameter.VAR_KEYWORD:
             kwargs.update({key: proxies[name][key] for key in values[name]})
-        elif parameter.kind is parameter.KEYWORD_ONLY:
+        elif parameter.kind is parameter.KEYWORD_ONLY or by_keyword:
             kwargs[name] = given[name]
         else:
             args.append(given[name])

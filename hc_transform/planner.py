@@ -63,7 +63,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
         skipped += nested
     active, shared = with_reads_of_their_own(active)
     skipped += shared
-    groups = split(group(active, passage))
+    groups = split(group(active, passage), passage)
     short = [members for members in groups if len(members) < options.min_residuals]
     skipped += [as_skipped(r, Reason.SHORT, f"{len(members)}") for members in short for r in members]
     groups = [members for members in groups if members not in short]

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from . import carrier
 from . import streams as ops
 from .carrying import carried_call
 from .connections import Connection
 from .ends import LearnedReadout, StreamDropout, StreamEmbedding
 from .errors import UnsupportedModel
 from .find import Residual
+from .guards import CHECKS
 from .kinds import Kinds, is_shape_read, shape_of
 from .planner import Plan, feature_axis
 from .trunks import Trunk, readers_of
@@ -178,6 +180,7 @@ class _TrunkRewriter:
         for residual in self.trunk.residuals:
             self._read(residual)
             self._write(residual)
+        self._leave()
         gone = self._gone()
         for value in self.streams:
             if value in gone:
@@ -202,18 +205,31 @@ class _TrunkRewriter:
             made = self._carry(value, source, self._streams_of(source, residual), self.copies[value])
             self.keys[value] = self.keys.get(source, key_of(residual.name))
         else:
-            node = self._value_for(residual)
+            node = self.copies[value] if value is self.trunk.entry else self._value_for(residual)
             after = node
-            while after.op == "placeholder" and after.next.op == "placeholder":
+            while node.op == "placeholder" and (after.next.op == "placeholder" or after.next.target in CHECKS):
                 after = after.next
             key = f"{key_of(residual.name)}_expand"
             with self.graph.inserting_after(after):
-                if self.options.stream_embedding:
+                if value is self.trunk.entry:
+                    made = self._new(carrier.enter, (node, self.options.num_streams), key, value)
+                elif self.options.stream_embedding:
                     made = self._module(expand_key(self.trunk), (node,), key, value)
                 else:
                     made = self._new(ops.expand, (node, self.options.num_streams), key, value)
         self.streams[value] = made
         return made
+
+    def _leave(self) -> None:
+        """Hand the streams on where the trunk goes on outside of the graph."""
+        for value in self.trunk.exits:
+            streams = self._streams_of(value, self.trunk.residuals[-1])
+            output = self.graph.output_node()
+            mode = "sum" if self.options.readout == "sum" else "mean"
+            with self.graph.inserting_before(output):
+                name = f"{self.keys[value]}_handed_on"
+                handed = self._new(carrier.hand_on, (streams, self.trunk.steps, mode), name, value)
+            output.replace_input_with(self.copies[value], handed)
 
     def _read(self, residual: Residual) -> None:
         streams = self._streams_of(residual.skip, residual)
@@ -297,7 +313,7 @@ class _TrunkRewriter:
 
     def _readout(self, value: fx.Node) -> fx.Node:
         streams, name = self.streams[value], f"{self.keys[value]}_readout"
-        if self.options.readout == "mean":
+        if self.options.readout == "mean" or self.options.readout == "learned" and self.trunk.exits:
             return self._new(ops.readout, (streams,), name, value)
         if self.options.readout == "sum":
             return self._new(ops.readout, (streams, "sum"), name, value)

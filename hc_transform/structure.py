@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -95,11 +95,37 @@ def saved_state(model: nn.Module) -> Callable[[], None]:
 
 
 def copy_inputs(inputs: Any) -> Any:
-    """Return ``inputs`` with every tensor cloned (in no graph) and every other object deep-copied."""
+    """Return ``inputs`` with every tensor cloned (in no graph) and every other object deep-copied.
+
+    Objects may hold tensors of a graph, such as the keys of a cache while training.
+    """
+    memo: dict[int, Any] = {}
 
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return value.detach().clone().requires_grad_(value.requires_grad)
-        return copy.deepcopy(value)
+            return _cloned(value)
+        for tensor in tensors_within(value, set()):
+            memo.setdefault(id(tensor), _cloned(tensor))
+        return copy.deepcopy(value, memo)
 
     return pytree.tree_map(one, inputs)
+
+
+def tensors_within(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Yield the tensors that an object holds, in its attributes and containers, but not those of modules."""
+    if isinstance(value, torch.Tensor):
+        yield value
+        return
+    if id(value) in seen or isinstance(value, (nn.Module, type, str)):
+        return
+    seen.add(id(value))
+    held = list(value.values()) if isinstance(value, Mapping) else []
+    if isinstance(value, (list, tuple, set)):
+        held += value
+    held += vars(value).values() if hasattr(value, "__dict__") and not callable(value) else ()
+    for entry in held:
+        yield from tensors_within(entry, seen)
+
+
+def _cloned(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

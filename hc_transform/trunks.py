@@ -21,11 +21,17 @@ class Trunk:
         index: its number, in order of execution.
         residuals: its residuals, in order.
         carried: operations between them, each with the operand that is the trunk's value.
+        entry: the input of the graph that the trunk begins with, where it may come as streams.
+        exits: the outputs of the graph that go on as streams.
+        steps: how many graphs the streams have gone through after this one.
     """
 
     index: int
     residuals: tuple[Residual, ...]
     carried: Mapping[fx.Node, fx.Node]
+    entry: fx.Node | None = None
+    exits: tuple[fx.Node, ...] = ()
+    steps: int = 1
 
 
 class Passage:
@@ -107,13 +113,33 @@ def carried_by(members: Sequence[Residual], passage: Passage) -> dict[fx.Node, f
     return carried
 
 
-def split(groups: list[list[Residual]]) -> list[list[Residual]]:
-    """Give each residual that lies around others of its group a group of its own."""
+def split(groups: list[list[Residual]], passage: Passage) -> list[list[Residual]]:
+    """Keep the longest chain of each group, and give residuals that lie inside or around it groups of their own."""
     separate: list[list[Residual]] = []
     for members in groups:
-        around = [r for r in members if any(other.add in r.region for other in members if other is not r)]
-        separate += [[r for r in members if r not in around], *([r] for r in around)]
-    return [members for members in separate if members]
+        chain = longest_chain(members, passage)
+        apart = [r for r in members if r not in chain and nest([r], chain)]
+        separate.append([r for r in members if r not in apart])
+        if apart:
+            separate += split(group(apart, passage), passage)
+    return separate
+
+
+def longest_chain(members: Sequence[Residual], passage: Passage) -> list[Residual]:
+    """Return the longest chain of residuals, each with the one before as its skip; of equals the outermost."""
+    by_add = {r.add: r for r in members}
+    before: dict[fx.Node, Residual | None] = {}
+    length: dict[fx.Node, int] = {}
+    for residual in members:  # in order of execution
+        way = passage.way_back(residual.skip, by_add)
+        before[residual.add] = by_add[way[-1]] if way else None
+        length[residual.add] = 1 + (length[way[-1]] if way else 0)
+    last: Residual | None = max(members, key=lambda r: (length[r.add], len(r.region)))
+    chain = []
+    while last is not None:
+        chain.append(last)
+        last = before[last.add]
+    return chain[::-1]
 
 
 def readers_of(residual: Residual) -> list[fx.Node]:
@@ -139,7 +165,9 @@ def without_nested(residuals: list[Residual], passage: Passage) -> tuple[list[Re
     """Keep, of groups that nest or cross, the one with the most residuals, the outer one of equals."""
     kept: list[list[Residual]] = []
     skipped: list[Skipped] = []
-    for members in sorted(split(group(residuals, passage)), key=lambda g: (-len(g), -sum(len(r.region) for r in g))):
+    for members in sorted(
+        split(group(residuals, passage), passage), key=lambda g: (-len(g), -sum(len(r.region) for r in g))
+    ):
         rival = next((k for k in kept if nest(k, members)), None)
         if rival is None:
             kept.append(members)

@@ -79,7 +79,7 @@ def verify(
     """
     if expected is None:
         expected = run_like(original, args, kwargs)
-    with _without_stream_dropout(converted):
+    with without_stream_dropout(converted):
         error = relative_error(run_like(converted, args, kwargs), expected)
         where = first_difference(original, converted, plan, args, kwargs)
     bound = tolerance_of(expected)
@@ -118,7 +118,7 @@ def first_difference(
 
 
 @contextmanager
-def _without_stream_dropout(converted: nn.Module) -> Iterator[None]:
+def without_stream_dropout(converted: nn.Module) -> Iterator[None]:
     """Switch the dropout that conversion adds off: it is no part of the original."""
     modules = [m for m in converted.modules() if isinstance(m, StreamDropout)]
     modes = [m.training for m in modules]

@@ -1,0 +1,367 @@
+"""A block of a model that stays Python around it: its code runs as graphs, traced on first use.
+
+A converted block is of a subclass of its class, under the same name, so that ``isinstance``, wrap
+policies, gradient checkpointing wrapped around ``forward`` and everything else that goes by classes
+work as before.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .blocks import BlockPlan, CallPlan, signature_of
+from .carrier import TrunkValue, is_trunk_value, read_out
+from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
+from .find import Findings, Residual, find_residuals
+from .hints import Hints
+from .hooks import observe
+from .kinds import Kinds, is_tensor
+from .module import Variant, _adopt_constants, decides_on_training
+from .options import Options
+from .planner import Plan, make_plan
+from .rewrite import CONNECTIONS_NAME, rewritten_graph
+from .structure import clone_structure, state_restored
+from .trace import bind_inputs, trace
+from .trunks import Passage, Trunk
+
+log = logging.getLogger("hc_transform")
+
+RUNNER = "_hc_runner"
+BASE = "_hc_base"
+
+
+class BlockError(TraceError):
+    """A block's code has no graph; ``block`` is its path."""
+
+    block = ""
+
+
+class BlockRunner:
+    """Run a block's code as graphs: one for each kind of call, made when it first occurs.
+
+    Args:
+        plan: what the block's calls are to do.
+        options: as for the whole model.
+        hints: those for modules below the block.
+    """
+
+    def __init__(self, plan: BlockPlan, options: Options, hints: Hints) -> None:
+        self.plan = plan
+        self.options = options
+        self.hints = hints
+        self.calls = {call.step: call for call in reversed(plan.calls)}
+        self.variants: dict[Any, list[Variant]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockRunner:
+        new = copy.copy(self)
+        new.variants = {key: list(variants) for key, variants in self.variants.items()}
+        return new
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the graph that fits the call."""
+        step = self._step(args, kwargs)
+        if torch.compiler.is_compiling():
+            return self._run_compiled(block, step, args, kwargs)
+        if self.calls[step].leaves:
+            refuse_reentrant(block)
+        key = (step, block.training, _kind(args), _kind(kwargs))
+        change = None
+        for variant in self.variants.get(key, ()):
+            try:
+                return variant.forward(block, *args, **kwargs)
+            except DecisionChanged as changed:
+                change = changed
+        try:
+            variant = self.trace(block, step, args, kwargs, change)
+        except Exception as error:
+            text = str(error) if isinstance(error, HCTransformError) else f"{type(error).__name__}: {error}"
+            failure = BlockError(text)
+            failure.block = self.plan.path
+            raise failure from error
+        self.variants.setdefault(key, []).append(variant)
+        return variant.forward(block, *args, **kwargs)
+
+    def _run_compiled(self, block: nn.Module, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        change = None
+        for key, variants in self.variants.items():
+            if key[0] == step:
+                for variant in variants:
+                    try:
+                        return variant.forward(block, *args, **kwargs)
+                    except (DecisionChanged, TypeError) as changed:
+                        change = changed
+        raise DecisionChanged(
+            f"compiled code cannot trace {self.plan.path} for a new kind of call ({change}): call the model once in "
+            "eager mode with inputs like these, in this mode (train or eval), before it is compiled"
+        )
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return which call of the chain this is; the streams know how many blocks they have passed."""
+        if len(self.calls) == 1:
+            return next(iter(self.calls))
+        for value in (*args, *kwargs.values()):
+            if type(value) is TrunkValue:
+                if value.step in self.calls:
+                    return value.step
+                if self.plan.shared:
+                    return max(self.calls)
+                raise HCTransformError(
+                    f"{self.plan.path} is called more often than the {len(self.calls)} times of the example inputs, "
+                    "and each call has connections of its own. Convert with share_calls=True."
+                )
+        return min(self.calls)
+
+    def trace(
+        self,
+        block: nn.Module,
+        step: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        change: DecisionChanged | None = None,
+    ) -> Variant:
+        """Trace the block's own code for a call like this, and rewrite it with the block's connections.
+
+        Raises:
+            TraceError: the block has other residuals for these inputs, or cannot be traced.
+        """
+        original = original_of(block)
+        call = self.calls[step]
+        names = self.plan.calls[0].residuals if self.plan.shared else call.residuals
+        given = bind_inputs(original, *read_out((args, kwargs)))
+        with state_restored(block):
+            traced = trace(original, given, inline=self.plan.scopes, hints=self.hints)
+        gm = traced.graph_module
+        found = find_residuals(gm)
+        wanted = tuple((relative(name, self.plan.path), signature) for name, signature in names)
+        selected = self._selected(found.residuals, wanted, change)
+        options = replace(self.options, include=(), exclude=(), min_residuals=1, nested="all")  # chosen already
+        plan = make_plan(gm, Findings(selected, (), found.shortcuts), options)
+        if {r.name for r in plan.residuals} != {name for name, _ in wanted}:
+            raise TraceError(self._differs({name for name, _ in wanted} - {r.name for r in plan.residuals}, change))
+        plan = Plan(gm, linked(plan, call, self.plan.path, self.options), plan.skipped, self.options)
+        graph = rewritten_graph(gm, plan)
+        _adopt_constants(block, graph, gm)
+        log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
+        return Variant(graph)
+
+    def _selected(
+        self, found: tuple[Residual, ...], wanted: tuple[tuple[str, Any], ...], change: DecisionChanged | None
+    ) -> tuple[Residual, ...]:
+        """Return those of the residuals found that were converted, under the names they were given then."""
+        selected, left = [], list(wanted)
+        for residual in found:
+            signature = signature_of(residual.add, "")
+            match = next((w for w in left if w[1] == signature), None)
+            if match is not None:
+                left.remove(match)
+                selected.append(replace(residual, name=match[0]))
+        if left:
+            raise TraceError(self._differs({name for name, _ in left}, change))
+        return tuple(selected)
+
+    def _differs(self, missing: set[str], change: DecisionChanged | None) -> str:
+        path = self.plan.path or "the root"
+        return (
+            f"for these inputs {path} has other residuals than those that were converted: {', '.join(sorted(missing))} "
+            f"cannot be found. {change or ''} Convert another copy of the model with example inputs like these, or "
+            "leave these residuals out with exclude=[...]."
+        )
+
+
+def linked(plan: Plan, call: CallPlan, path: str, options: Options) -> tuple[Trunk, ...]:
+    """Return a block's trunks with the inputs that they begin with, and the outputs that go on as streams.
+
+    Raises:
+        TraceError: a trunk that goes on in another block does not reach the block's output.
+    """
+    kinds = Kinds(plan.graph_module)
+    passage = Passage(kinds)
+    entries: dict[fx.Node, Any] = {n: n for n in plan.graph_module.graph.nodes if _is_entry(n)}
+    leaves = {relative(name, path) for name in call.leaves}
+    output = plan.graph_module.graph.output_node()
+    trunks = []
+    for trunk in plan.trunks:
+        carried = dict(trunk.carried)
+        first, last = trunk.residuals[0], trunk.residuals[-1]
+        entry: fx.Node | None = None
+        way = passage.way_back(first.skip, entries)
+        if way and not (options.stream_embedding and call.step == 0):
+            entry = way[-1]
+            carried.update(zip(way, way[1:], strict=False))
+        exits = []
+        if last.name in leaves:
+            for value in output.all_input_nodes:
+                way = passage.way_back(value, {last.add: last}) if is_tensor(value) else []
+                if way:
+                    exits.append(value)
+                    carried.update(zip(way, way[1:], strict=False))
+            if not exits:
+                raise TraceError(f"the trunk of {path}.{last.name} does not reach the output of {path}")
+        trunks.append(Trunk(trunk.index, trunk.residuals, carried, entry, tuple(exits), call.step + 1))
+    return tuple(trunks)
+
+
+def _is_entry(node: fx.Node) -> bool:
+    """Whether a node is a tensor that the graph is given, by itself or in a tuple."""
+    if not is_tensor(node):
+        return False
+    while node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "placeholder"
+
+
+def install(block: nn.Module, runner: BlockRunner, modules: nn.ModuleDict) -> None:
+    """Make ``block`` run ``runner``'s graphs, with the new ``modules`` under ``hyper_connections``."""
+    base: Any = type(block)
+    block.__class__ = block_class(base)
+    block.__dict__[RUNNER] = runner
+    block.add_module(CONNECTIONS_NAME, modules)
+    for registry, before in ((block._forward_hooks, False), (block._forward_pre_hooks, True)):
+        for key, hook in registry.items():
+            registry[key] = observe(hook, before)
+    if any(call.leaves for call in runner.plan.calls) and (block._backward_hooks or block._backward_pre_hooks):
+        raise UnsupportedModel(_backward_hooks(runner.plan.path))
+
+
+@functools.cache
+def block_class(base: Any) -> Any:
+    """Return the subclass of ``base`` whose instances run graphs; it goes by the same name."""
+
+    @functools.wraps(base.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(value, fx.Proxy) for value in (*args, *kwargs.values())):
+            return _as_leaf(self, args, kwargs)
+        return self.__dict__[RUNNER](self, args, kwargs)
+
+    def register_forward_hook(self: nn.Module, hook: Any, **settings: Any) -> Any:
+        return base.register_forward_hook(self, observe(hook, before=False), **settings)
+
+    def register_forward_pre_hook(self: nn.Module, hook: Any, **settings: Any) -> Any:
+        return base.register_forward_pre_hook(self, observe(hook, before=True), **settings)
+
+    def register_full_backward_hook(self: nn.Module, *args: Any, **settings: Any) -> Any:
+        if any(call.leaves for call in self.__dict__[RUNNER].plan.calls):
+            raise UnsupportedModel(_backward_hooks(self.__dict__[RUNNER].plan.path))
+        return base.register_full_backward_hook(self, *args, **settings)
+
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        return _remade, (base,), self.__dict__
+
+    return type(
+        base.__name__,
+        (base,),
+        {
+            "forward": forward,
+            "register_forward_hook": register_forward_hook,
+            "register_forward_pre_hook": register_forward_pre_hook,
+            "register_full_backward_hook": register_full_backward_hook,
+            "__reduce_ex__": reduce,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+            BASE: base,
+        },
+    )
+
+
+def _remade(base: Any) -> Any:
+    cls: Any = block_class(base)
+    return cls.__new__(cls)
+
+
+class TrunkProxy(fx.Proxy):
+    """A trunk value in another tracer's graph: its readout for everyone, its streams for the next block."""
+
+    def __init__(self, readout: fx.Proxy, streams: fx.Proxy) -> None:
+        super().__init__(readout.node, readout.tracer)
+        self.hc_streams = streams
+
+
+def _as_leaf(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Stand in another tracer's graph as one call."""
+    tracer: Any = next(value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)).tracer
+    args = tuple(a.hc_streams if type(a) is TrunkProxy else a for a in args)
+    kwargs = {key: a.hc_streams if type(a) is TrunkProxy else a for key, a in kwargs.items()}
+    made = tracer.create_proxy("call_module", tracer.path_of_module(block), args, kwargs)
+    if not any(call.leaves for call in block.__dict__[RUNNER].plan.calls):
+        return made
+    return TrunkProxy(tracer.create_proxy("call_function", read_out, (made,), {}), made)
+
+
+def original_of(block: nn.Module) -> nn.Module:
+    """Return a structural copy of a converted block as it was: its class, without connections and hooks."""
+    base: Any = getattr(type(block), BASE)
+    shell = base.__new__(base)
+    shell.__dict__.update(block.__dict__)
+    for name, value in block.__dict__.items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            shell.__dict__[name] = OrderedDict()
+    del shell.__dict__[RUNNER]
+    shell.__dict__["_modules"] = {k: m for k, m in block._modules.items() if k != CONNECTIONS_NAME}
+    copied = clone_structure(shell)
+    for module in copied.modules():  # Hugging Face's layers checkpoint in ``forward``; ours is wrapped in that too
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+    return copied
+
+
+def relative(name: str, block: str) -> str:
+    """Return a residual's name below its block."""
+    if block and name.startswith(block + "."):
+        return name[len(block) + 1 :]
+    if block and name.partition(":")[0] == block:
+        return "residual" + name[len(block) :]
+    return name
+
+
+def reads_training(block: nn.Module) -> bool:
+    """Whether a graph of a converted block decides on a ``training`` flag."""
+    runner: BlockRunner = block.__dict__[RUNNER]
+    return any(decides_on_training(v.graph) for variants in runner.variants.values() for v in variants)
+
+
+def refuse_reentrant(block: nn.Module) -> None:
+    """Raise if the call is inside a reentrant checkpoint, which passes no gradient to streams."""
+    if torch.is_grad_enabled() or not block.training:
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            raise UnsupportedModel(
+                "activation checkpointing with use_reentrant=True hands no gradient to the streams between blocks: "
+                'use use_reentrant=False (gradient_checkpointing_kwargs={"use_reentrant": False} in Hugging Face)'
+            )
+        frame = frame.f_back
+
+
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+
+
+def _backward_hooks(path: str) -> str:
+    return (
+        f"{path} hands streams on to another block, so that a backward hook on it would see the gradients of n streams "
+        "in place of one value's. Put the hook on a module inside its branches, or convert without it"
+    )
+
+
+def _kind(value: Any) -> Any:
+    """Return what graphs may differ by: which inputs are there, of which types."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, torch.Tensor) or is_trunk_value(value):
+        return value.dtype, value.ndim
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_kind, value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return type(value), *((key, _kind(v)) for key, v in value.items())
+    return type(value)

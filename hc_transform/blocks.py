@@ -1,0 +1,248 @@
+"""Choose the modules that get a rewritten graph, and how streams travel between their calls.
+
+A residual lives in the innermost module call that leads from the skip to the add by itself. The
+outermost of those modules are the blocks. Two residuals of one trunk in different blocks stay on
+one trunk if the value goes from the one block to the other as it is; where the code between them
+changes it, the trunk is cut: read out before, expanded after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from .find import Reason, Residual, Skipped
+from .planner import Plan
+from .tape import Call
+from .trunks import Trunk, as_skipped
+
+Signature = tuple[str, str]  # (path of the adding module below the block, location): tells residuals of a block apart
+
+
+@dataclass(frozen=True)
+class CallPlan:
+    """What one call of a block is to do.
+
+    Attributes:
+        step: how many block calls of its chain come before it.
+        residuals: name of each residual of the call, in order, and its signature.
+        leaves: names of the residuals after which the streams go on to another block.
+    """
+
+    step: int
+    residuals: tuple[tuple[str, Signature], ...]
+    leaves: frozenset[str]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One block: a module whose code is replaced by graphs.
+
+    Attributes:
+        path: of the module.
+        scopes: paths below it of the modules whose code becomes part of its graph.
+        calls: what each call is to do; calls with the same step do the same.
+        shared: whether all calls use the connections of the first one.
+    """
+
+    path: str
+    scopes: frozenset[str]
+    calls: tuple[CallPlan, ...]
+    shared: bool = False
+
+
+@dataclass(frozen=True)
+class BlocksPlan:
+    """The plan on the tape, its trunks cut where streams cannot go on, and the blocks that carry it out."""
+
+    plan: Plan
+    blocks: tuple[BlockPlan, ...]
+    cuts: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+def plan_blocks(
+    plan: Plan, model: nn.Module, *, share_calls: bool = False, refused: Mapping[str, str], apart: str = ""
+) -> BlocksPlan:
+    """Return how the residuals of a tape's plan are spread over blocks.
+
+    Args:
+        plan: made on a tape.
+        model: the model that was recorded.
+        share_calls: one connection for all calls of a module.
+        refused: paths of modules that cannot become blocks, with the reason.
+        apart: why no streams go from one block to another; "" if they do.
+    """
+    home, homeless = _homes(plan, model, refused)
+    kept = [replace(t, residuals=tuple(r for r in t.residuals if r.add in home)) for t in plan.trunks]
+    kept = [replace(t, residuals=tuple(replace(r, region=inside(r, home[r.add])) for r in t.residuals)) for t in kept]
+    trunks, cuts = _cut([t for t in kept if t.residuals], home, apart)
+    plan = replace(plan, trunks=tuple(replace(t, index=i) for i, t in enumerate(trunks)))
+    plan = replace(plan, skipped=(*plan.skipped, *homeless))
+    blocks, notes = _blocks(plan, home, share_calls)
+    return BlocksPlan(plan, blocks, tuple(cuts), tuple(notes))
+
+
+def container(nodes: Iterable[fx.Node]) -> tuple[Call, ...]:
+    """Return the module calls that all of ``nodes`` were made in, outermost first."""
+    stacks = [node.meta["hc_calls"] for node in nodes if "hc_calls" in node.meta]
+    common = stacks[0]
+    for stack in stacks[1:]:
+        same = 0
+        while same < min(len(common), len(stack)) and common[same] == stack[same]:
+            same += 1
+        common = common[:same]
+    return common
+
+
+def _holder(residual: Residual) -> tuple[Call, ...]:
+    """Return the module calls around a residual, up to the innermost that leads from its skip to its add.
+
+    What else the branch is computed from may come from outside, also where that looked at the
+    skip (position embeddings that take the hidden states' dtype).
+    """
+    stack = container((residual.add, *residual.absorbed, *residual.skip_ops))
+    for depth in range(len(stack), 1, -1):
+        reached = {residual.skip}
+        for node in sorted(inside(residual, stack[depth - 1])):
+            if reached.intersection(node.all_input_nodes):
+                reached.add(node)
+        if all(term in reached for term in residual.branch):
+            return stack[:depth]
+    return stack[:1]
+
+
+def inside(residual: Residual, call: Call) -> frozenset[fx.Node]:
+    """Return the part of a residual's region that is made within a module call."""
+    return frozenset(node for node in residual.region if call in node.meta.get("hc_calls", ()))
+
+
+def _homes(plan: Plan, model: nn.Module, refused: Mapping[str, str]) -> tuple[dict[fx.Node, Call], list[Skipped]]:
+    """Return the block call that each residual's add belongs to, and the residuals that have none."""
+    holders: dict[fx.Node, tuple[Call, ...]] = {}
+    lost: list[Skipped] = []
+    for residual in plan.residuals:
+        stack = _holder(residual)
+        if stack[-1].path in refused:
+            lost.append(as_skipped(residual, Reason.OPAQUE, refused[stack[-1].path]))
+        else:
+            holders[residual.add] = stack
+    needed = {stack[-1].path for stack in holders.values()}
+    home = {}
+    for add, stack in holders.items():
+        home[add] = next(call for call in stack if call.path in needed)  # the outermost block around it
+    return home, lost
+
+
+def _cut(trunks: list[Trunk], home: Mapping[fx.Node, Call], apart: str) -> tuple[list[Trunk], list[str]]:
+    """Cut trunks where the code between two blocks changes the value."""
+    pieces: list[Trunk] = []
+    cuts: list[str] = []
+    for trunk in trunks:
+        adds = {r.add for r in trunk.residuals}
+        pending: list[Residual] = []
+        for residual in trunk.residuals:
+            outside = _changed_on_the_way(residual, trunk, adds, home) if pending else None
+            if pending and apart and home[pending[-1].add] != home[residual.add]:
+                cuts.append(f"before {residual.name}: the code between blocks fails on streams ({apart})")
+                pieces.append(_piece(trunk, pending))
+                pending = []
+            elif outside is not None:
+                where = str(outside.meta.get("hc_location", "unknown location")).rsplit("/", 1)[-1]
+                cuts.append(f"before {residual.name}: {outside.name} at {where} changes the value between blocks")
+                pieces.append(_piece(trunk, pending))
+                pending = []
+            pending.append(residual)
+        pieces.append(_piece(trunk, pending))
+    return pieces, cuts
+
+
+def _changed_on_the_way(
+    residual: Residual, trunk: Trunk, adds: set[fx.Node], home: Mapping[fx.Node, Call]
+) -> fx.Node | None:
+    """Return the first operation outside of blocks between a residual and the one before, if any."""
+    node = residual.skip
+    way = []
+    while node not in adds:
+        if node not in trunk.carried:
+            return node  # the residual before it went: its block stays as it is
+        way.append(node)
+        node = trunk.carried[node]
+    inside = {home[node], home[residual.add]}
+    return next((n for n in reversed(way) if not inside.intersection(n.meta.get("hc_calls", ()))), None)
+
+
+def _piece(trunk: Trunk, residuals: list[Residual]) -> Trunk:
+    """Return the part of a trunk that holds ``residuals``, with the operations between them."""
+    adds = {r.add for r in residuals}
+    carried = {}
+    for residual in residuals[1:]:
+        node = residual.skip
+        while node not in adds and node in trunk.carried:
+            carried[node] = trunk.carried[node]
+            node = trunk.carried[node]
+    return Trunk(trunk.index, tuple(residuals), carried)
+
+
+def _blocks(plan: Plan, home: Mapping[fx.Node, Call], share_calls: bool) -> tuple[tuple[BlockPlan, ...], list[str]]:
+    steps: dict[Call, int] = {}
+    leaves: dict[Call, set[str]] = {}
+    residuals: dict[Call, list[Residual]] = {}
+    order = {node: i for i, node in enumerate(plan.graph_module.graph.nodes)}
+    for residual in sorted(plan.residuals, key=lambda r: order[r.add]):
+        residuals.setdefault(home[residual.add], []).append(residual)
+    for trunk in plan.trunks:
+        before: Residual | None = None
+        step = 0
+        for residual in trunk.residuals:
+            call = home[residual.add]
+            if before is not None and home[before.add] != call:
+                leaves.setdefault(home[before.add], set()).add(before.name)
+                step += 1
+            steps[call] = max(step, steps.get(call, 0))
+            before = residual
+    by_path: dict[str, list[Call]] = {}
+    for call in residuals:
+        by_path.setdefault(call.path, []).append(call)
+    carried = [node for trunk in plan.trunks for node in trunk.carried]
+    blocks, notes = [], []
+    for path, calls in by_path.items():
+        plans = [
+            CallPlan(
+                steps[call],
+                tuple((r.name, signature_of(r.add, path)) for r in residuals[call]),
+                frozenset(leaves.get(call, ())),
+            )
+            for call in calls
+        ]
+        several = len(plans) > 1
+        apart = len({p.step for p in plans}) == len(plans)
+        shared = several and (share_calls or not apart)
+        if several:
+            how = "one set of connections for each" if not shared else "one set of connections shared by all"
+            why = "" if apart or share_calls else " (its calls are not links of one chain, which would tell them apart)"
+            notes.append(f"{path or 'the root'} is called {len(plans)} times: {how}{why}.")
+        nodes = [node for node in carried if {*calls}.intersection(node.meta.get("hc_calls", ()))]
+        for residual in (r for call in calls for r in residuals[call]):
+            nodes += (residual.add, *residual.absorbed, *residual.skip_ops)
+        blocks.append(BlockPlan(path, _scopes(path, nodes), tuple(plans), shared))
+    return tuple(blocks), notes
+
+
+def signature_of(add: fx.Node, block: str) -> Signature:
+    """Return what tells a residual apart within its block, whatever the inputs."""
+    path = str(add.meta.get("hc_module", ""))
+    below = path[len(block) + 1 :] if block and path.startswith(block + ".") else "" if path == block else path
+    return below, str(add.meta.get("hc_location", ""))
+
+
+def _scopes(block: str, nodes: Iterable[fx.Node]) -> frozenset[str]:
+    """Return the paths below ``block`` of the modules whose code made ``nodes``, and their parents."""
+    scopes = {""}
+    for node in nodes:
+        path = signature_of(node, block)[0]
+        atoms = path.split(".") if path else []
+        scopes.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
+    return frozenset(scopes)

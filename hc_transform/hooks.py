@@ -1,0 +1,81 @@
+"""Hooks on blocks that are given or give streams: they see ordinary values, the readouts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
+
+ENGINES = ("torch.distributed.", "accelerate.")  # they take tensors apart and put them together again
+
+
+class ObservingHook:
+    """A forward hook or forward pre-hook that sees readouts in place of streams.
+
+    What it changes is changed in the streams: each moves by as much as the readout did.
+    """
+
+    def __init__(self, hook: Any, before: bool) -> None:
+        self.hook = hook
+        self.before = before
+
+    def __call__(self, module: Any, *given: Any) -> Any:
+        """Call the hook on what the streams stand for."""
+        if not holds_streams(given):
+            return self.hook(module, *given)
+        seen = read_out(given)
+        versions = _versions(seen)
+        result = self.hook(module, *seen)
+        if result is None and _versions(seen) == versions:
+            return None
+        if not self.before:
+            return _moved(given[-1], seen[-1] if result is not None else read_out(given[-1]), _or(result, seen[-1]))
+        if len(given) == 2:  # with keywords
+            return _moved(given, seen if result is not None else read_out(given), _or(result, seen))
+        if result is not None and not isinstance(result, tuple):
+            result = (result,)
+        return _moved(given[0], seen[0] if result is not None else read_out(given[0]), _or(result, seen[0]))
+
+
+def observe(hook: Any, before: bool) -> Any:
+    """Return ``hook``, called before or after a block, so that it sees readouts; an engine's as it is."""
+    owner = type(getattr(hook, "__self__", hook)).__module__ or ""
+    home = getattr(hook, "__module__", None) or ""
+    if isinstance(hook, ObservingHook) or f"{owner}.".startswith(ENGINES) or f"{home}.".startswith(ENGINES):
+        return hook
+    return ObservingHook(hook, before)
+
+
+def read_outputs(module: Any, args: Any, output: Any) -> Any:
+    """Return a module's output with readouts in place of streams: a forward hook for the module around a chain."""
+    return read_out(output) if holds_streams(output) else None
+
+
+def _moved(given: Any, seen: Any, result: Any) -> Any:
+    """Return ``given`` with every stream moved by the difference between ``result`` and ``seen``."""
+    values, spec = pytree.tree_flatten(given, is_leaf=is_trunk_value)
+    before, after = pytree.tree_leaves(seen), pytree.tree_leaves(result)
+    if not len(values) == len(before) == len(after):
+        return result
+    moved = []
+    for value, old, new in zip(values, before, after, strict=True):
+        if type(value) is TrunkValue:
+            if new is not old and new.shape == old.shape:
+                value = TrunkValue(tuple(s + (new - old) for s in value.streams), value.step, value.mode)
+            elif new is not old:
+                value = new
+        else:
+            value = new
+        moved.append(value)
+    return pytree.tree_unflatten(moved, spec)
+
+
+def _or(result: Any, seen: Any) -> Any:
+    return seen if result is None else result
+
+
+def _versions(values: Any) -> list[int]:
+    return [leaf._version if isinstance(leaf, torch.Tensor) else 0 for leaf in pytree.tree_leaves(values)]
