@@ -19,17 +19,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .additions import CONNECTIONS_NAME
 from .blocks import BlockPlan, CallPlan, signature_of
 from .carrier import TrunkValue, is_trunk_value, read_out
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
-from .find import Findings, Residual, find_residuals
+from .find import find_residuals
+from .findings import Findings, Residual
 from .hints import Hints
 from .hooks import observe
 from .kinds import Kinds, is_tensor
 from .module import Variant, _adopt_constants, decides_on_training
 from .options import Options
 from .planner import Plan, make_plan
-from .rewrite import CONNECTIONS_NAME, rewritten_graph
+from .rewrite import rewritten_graph
 from .structure import clone_structure, state_restored
 from .trace import bind_inputs, trace
 from .trunks import Passage, Trunk

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from torch import fx, nn
 
-from .find import Reason, Residual, Skipped
+from .findings import Reason, Residual, Skipped
 from .planner import Plan
 from .tape import Call
 from .trunks import Trunk, as_skipped

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .additions import CONNECTIONS_NAME, connection_dict, key_of, make_connections
 from .connections import ConnectionLike
 from .convert_blocks import analyse_blocks, convert_blocks, verify_blocks
 from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .examples import example_inputs
-from .find import Reason
+from .findings import Reason
 from .hints import Hints
 from .module import HyperConnectedModule, decides_on_training
 from .options import Options
 from .pipeline import Analysis, analyse
 from .planner import Plan
 from .report import report_of
-from .rewrite import CONNECTIONS_NAME, connection_dict, key_of, make_connections
 from .structure import clone_structure
 from .trace import bind_inputs
 from .verify import run_like, tolerance_of

@@ -10,8 +10,8 @@ from torch import fx, nn
 
 from .aliases import version_of
 from .guards import CHECKS
+from .reads import is_shape_read
 from .structure import clone_structure, has_hooks, state_restored
-from .trace import is_shape_read
 
 
 class Kind(enum.Enum):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from .errors import PatternError, UnsupportedModel
-from .find import Findings, Reason, Residual, Skipped
+from .findings import Findings, Reason, Residual, Skipped
 from .kinds import LINEAR_POINTWISES, Kind, Kinds, name_of, shape_of
 from .options import Options
 from .trunks import Passage, Trunk, as_skipped, carried_by, group, split, with_reads_of_their_own, without_nested

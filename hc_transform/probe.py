@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from .candidates import may_add
 from .errors import HCTransformError
-from .find import Reason, Skipped, find_residuals
-from .trace import Trace, bind_inputs, may_add, trace
+from .find import find_residuals
+from .findings import Reason, Skipped
+from .trace import Trace, bind_inputs, trace
 
 log = logging.getLogger("hc_transform")
 

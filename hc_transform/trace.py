@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dis
-import functools
 import inspect
 import logging
-import operator
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -18,19 +14,17 @@ from torch import fx, nn
 
 from .aliases import written_through
 from .assignments import record_assignments, show_plain_tensors
+from .candidates import candidates, with_parents
 from .errors import TraceError, UnsupportedModel
 from .frames import INTERNAL_FILES
 from .guards import CHECKS, check_equal
 from .hints import Hints
 from .proxy import UNKNOWN, CannotInline
+from .reads import is_shape_read
 from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors, state_restored
-from .tracer import SHAPE_ATTRIBUTES, SHAPE_METHODS, ValueTracer
+from .tracer import ValueTracer
 
 log = logging.getLogger("hc_transform")
-
-ADD_NAMES = frozenset({"add", "add_", "sum", "__add__", "iadd", "__iadd__", "addcmul", "lerp"})
-ADD_OPERATORS = frozenset({"+", "+="})
-INLINED_FROM_TORCH = ("torch.nn.modules.container", "torch.nn.modules.transformer")
 
 
 @dataclass(frozen=True)
@@ -94,7 +88,7 @@ def trace(
     hints = hints or Hints()
     wanted = inline
     if wanted is None:
-        wanted = candidates(model).union(*(_with_parents(p) for p in hints.chosen("inline_modules", model)))
+        wanted = candidates(model).union(*(with_parents(p) for p in hints.chosen("inline_modules", model)))
     opaque = dict.fromkeys(hints.chosen("leaf_modules", model), "leaf_modules names it")
     for path, module in model.named_modules():
         if path and path in wanted and not probing and (reason := _must_stay_leaf(module)):
@@ -134,84 +128,6 @@ def trace(
     graph.lint()
     calls = {path: call for path, call in tracer.calls.items() if call is not None}
     return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None)
-
-
-def candidates(model: nn.Module) -> frozenset[str]:
-    """Return the paths of the modules whose own code adds, and of those that hold one ("" is the root)."""
-    found = {""}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if path and may_add(module):
-            found |= _with_parents(path)
-    return frozenset(found)
-
-
-def _with_parents(path: str) -> set[str]:
-    atoms = path.split(".")
-    return {".".join(atoms[: i + 1]) for i in range(len(atoms))}
-
-
-def may_add(module: nn.Module) -> bool:
-    """Whether the module's own code may hold an add."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
-    own = module.__dict__.get("forward")
-    if own is not None and _adds(getattr(own, "__func__", own)):
-        return True
-    cls: Any = type(module)
-    return _class_adds(cls)
-
-
-@functools.cache
-def _class_adds(cls: type) -> bool:
-    module = cls.__module__ or ""
-    if module.startswith(("torch.nn.", "torch.ao.")) and not module.startswith(INLINED_FROM_TORCH):
-        return False
-    for base in cls.__mro__:
-        if base is nn.Module or base is object:
-            continue
-        if base.__module__.startswith("torch.nn.modules") and not base.__module__.startswith(INLINED_FROM_TORCH):
-            continue
-        for name, member in vars(base).items():
-            if name not in ("__init__", "extra_repr", "__repr__") and _adds(inspect.unwrap(_function_of(member))):
-                return True
-    return False
-
-
-def _function_of(member: Any) -> Any:
-    if isinstance(member, (staticmethod, classmethod)):
-        return member.__func__
-    return member.fget if isinstance(member, property) else member
-
-
-def _adds(function: Any, depth: int = 2) -> bool:
-    """Whether a function's bytecode, or that of a plain function it calls, holds an addition."""
-    if isinstance(function, functools.partial):
-        function = function.func
-    if not isinstance(function, FunctionType):
-        return False
-    for code in _code_objects(function.__code__):
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("BINARY_ADD", "INPLACE_ADD"):
-                return True
-            if instruction.opname == "BINARY_OP" and instruction.argrepr in ADD_OPERATORS:
-                return True
-        if ADD_NAMES.intersection(code.co_names):
-            return True
-        if depth:
-            called = (function.__globals__.get(name) for name in code.co_names)
-            if any(
-                isinstance(f, FunctionType) and not f.__module__.startswith("torch.") and _adds(f, depth - 1)
-                for f in called
-            ):
-                return True
-    return False
-
-
-def _code_objects(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _code_objects(constant)
 
 
 def _must_stay_leaf(module: nn.Module) -> str | None:
@@ -263,25 +179,6 @@ def _attach_constants(work: nn.Module) -> None:
         if isinstance(value, torch.Tensor):
             del work.__dict__[name]
             work.register_buffer(name, value, persistent=False)
-
-
-def is_shape_read(node: fx.Node) -> bool:
-    """Whether ``node`` reads only shape, dtype or device of its tensors, or computes with such."""
-    if node.op == "call_method":
-        return node.target in SHAPE_METHODS
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in SHAPE_ATTRIBUTES
-    module = getattr(node.target, "__module__", None)
-    return module in (operator.add.__module__, "math") and _all_inputs_plain(node)
-
-
-def _all_inputs_plain(node: fx.Node) -> bool:
-    return all(
-        issubclass(n.meta.get("hc_type", torch.Tensor), (bool, int, float, str, torch.Size, torch.dtype, torch.device))
-        for n in node.all_input_nodes
-    )
 
 
 def _remove_unused_reads(graph: fx.Graph) -> None:

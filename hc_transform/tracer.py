@@ -27,13 +27,10 @@ from torch.utils import _pytree as pytree
 from . import guards
 from .aliases import Aliases, version_of, written_through
 from .frames import short_name, user_frame
-from .inputs import is_constant, is_entry_of_input, place_inputs
+from .inputs import is_entry_of_input, place_inputs
 from .patches import patched
 from .proxy import UNKNOWN, CannotInline, ValueProxy
-
-SHAPE_METHODS = frozenset("size dim ndimension numel nelement stride is_floating_point is_complex get_device".split())
-SHAPE_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda is_sparse is_nested layout itemsize".split())
-VALUE_READS = frozenset("item tolist equal allclose is_nonzero numpy __contains__ contains".split())
+from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
 
 
 class ValueTracer(fx.Tracer):
@@ -120,7 +117,8 @@ class ValueTracer(fx.Tracer):
                 self._paths[-1], "it changes the grad mode or autocast state, which a graph does not hold"
             )
         about_shape = (kind == "call_method" and target in SHAPE_METHODS) or (
-            kind == "call_function" and (target is getattr and args[1] in SHAPE_ATTRIBUTES or _of_sizes(target, args))
+            kind == "call_function"
+            and (target is getattr and args[1] in SHAPE_ATTRIBUTES or is_arithmetic_on_sizes(target, args))
         )
         node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
         key = (kind, target, node_args, tuple(node_kwargs.items())) if about_shape else None
@@ -133,7 +131,7 @@ class ValueTracer(fx.Tracer):
                 self._record(guards.check_equal, node, None)
             return None
         proxy = self._proxy_of(node, value)
-        if not isinstance(value, torch.Tensor) and _reads_values(node):
+        if not isinstance(value, torch.Tensor) and reads_values(node):
             node.meta["hc_on_values"] = True
         if isinstance(value, torch.Tensor) and is_entry_of_input(node):
             name = (
@@ -316,26 +314,6 @@ def _context_state() -> tuple[Any, ...]:
         torch.get_autocast_dtype("cpu"),
         torch.get_autocast_dtype("cuda"),
     )
-
-
-def _of_sizes(target: Any, args: Any) -> bool:
-    """Whether an operation is arithmetic on sizes: no argument is a tensor."""
-    if getattr(target, "__module__", None) not in (operator.add.__module__, math.__name__):
-        return False
-    leaves = pytree.tree_leaves(args)
-    return any(type(a) is ValueProxy for a in leaves) and all(
-        isinstance(a.hc_value, (bool, int, float, torch.Size)) if type(a) is ValueProxy else is_constant(a)
-        for a in leaves
-    )
-
-
-def _reads_values(node: fx.Node) -> bool:
-    """Whether a number, or a list of them, depends on the values of tensors."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    sources = node.all_input_nodes
-    if name in VALUE_READS and any(issubclass(n.meta.get("hc_type", object), torch.Tensor) for n in sources):
-        return True
-    return any("hc_on_values" in n.meta for n in sources)
 
 
 def _hashable(key: Any) -> bool:

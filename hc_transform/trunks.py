@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .find import Reason, Residual, Shortcut, Skipped
+from .findings import Reason, Residual, Shortcut, Skipped
 from .kinds import Kind, Kinds, is_tensor, name_of
 
 CARRIED_RANDOMS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout stochastic_depth drop_path".split())

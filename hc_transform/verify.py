@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from .additions import CONNECTIONS_NAME
 from .ends import StreamDropout
 from .errors import NotEquivalent
 from .planner import Plan
 from .reference import NamedInputs, ReferenceInterpreter, separate
-from .rewrite import CONNECTIONS_NAME
 from .structure import copy_inputs, state_restored
 from .trace import bind_inputs
 

@@ -373,10 +373,20 @@ ROOTS = {
 
 
 @pytest.mark.parametrize("kind", ROOTS)
-def test_a_region_in_the_root_is_refused(kind):
+def test_a_region_in_the_root_is_refused_as_a_graph(kind):
     make, reason = ROOTS[kind]
-    with pytest.raises(hct.UnsupportedModel, match=reason):
-        hct.convert(make(), (rows().float(),))
+    with pytest.raises(hct.UnsupportedModel, match=f"{reason}.*Convert the submodules that add by themselves"):
+        hct.convert(make(), (rows().float(),), scope="graph")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROOTS if kind != "decorator"])
+def test_a_region_in_the_root_stays_around_blocks(kind):
+    model, x = ROOTS[kind][0](), rows().float()
+    hc = hct.convert(model, (x,))
+    assert len(hc.hc_report.converted) == 2
+    for batch in (x, rows(3).float()):
+        ours, theirs = hc(batch), model(batch)
+        assert error(ours, theirs) <= 1e-5 and ours.requires_grad == theirs.requires_grad
 
 
 @pytest.mark.parametrize("outside", [contextlib.nullcontext, torch.no_grad], ids=["with grad", "under no_grad"])
@@ -478,9 +488,9 @@ def test_checkpointing_around_a_block():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_checkpointing_in_the_root_is_refused(training):
+def test_checkpointing_in_the_root_is_refused_as_a_graph(training):
     with pytest.raises(hct.HCTransformError, match="activation checkpointing"):
-        hct.convert(CheckpointedRoot().train(training), (rows().float(),))
+        hct.convert(CheckpointedRoot().train(training), (rows().float(),), scope="graph")
 
 
 class Tripled(torch.autograd.Function):

@@ -558,7 +558,15 @@ for _size in ("4_1_128_512", "4_2_128_512"):
 # model.py: FracastCore: one SelfSimilarBlock with 2 adds, called for 10 dilations; x + periodic(values) does
 # not count: periodic does not read x
 _add("fracast:core", _fracast(False), _series, lambda c: 2 * 10, in_double=False)  # there it leaves autocast
-# gather_head.py: forecasts in a region without autocast, in the root
-_add("fracast:forecast", _fracast(True), _series, lambda c: 0, refused="it sets the autocast state")
+# gather_head.py: a decoder layer, two HorizonConvBlocks, FutureConvStates: one SelfSimilarBlock called 6 times;
+# x + queries and x + future_conv(h, ...) do not count. A region without autocast in the root: not in one graph
+_add(
+    "fracast:forecast",
+    _fracast(True),
+    _series,
+    lambda c: 0,
+    refused="it sets the autocast state",
+    options={"num_streams": 2, "scope": "graph"},
+)
 # a TorchScript model, no residuals
 _add("silero_vad:jit", _silero, _images(512), lambda c: 0)
