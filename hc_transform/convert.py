@@ -68,7 +68,8 @@ def convert(
         model: any nn.Module that is not wrapped (DDP, FSDP, torch.compile, torch.jit).
         args, kwargs: example inputs. Without them those that the model carries are tried
             (``example_input_array``, ``dummy_inputs``, timm's ``default_cfg``), else it is traced
-            without values and not verified.
+            without values and not verified. Inputs that are None, numbers, strings or dtypes are held as
+            constants: a call with another one traces again, once for each. All others may change.
         num_streams: n, by default 4, and 1 for "frac". With one stream of one fraction all residuals
             stay plain.
         connection: "static" or "dynamic" (arXiv 2409.19606), "mhc" (2512.24880), "mhc-lite"
