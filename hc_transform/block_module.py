@@ -12,7 +12,7 @@ import functools
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from .findings import Findings, Residual
 from .hints import Hints
 from .hooks import observe
 from .kinds import Kinds, is_tensor
-from .module import Variant, _adopt_constants, decides_on_training
+from .module import Variant, adopt_constants, decides_on_training
 from .options import Options
 from .planner import Plan, make_plan
 from .rewrite import rewritten_graph
@@ -78,11 +78,15 @@ class BlockRunner:
             refuse_reentrant(block)
         key = (step, block.training, _kind(args), _kind(kwargs))
         change = None
-        for variant in self.variants.get(key, ()):
+        for variant in self._candidates(key):
             try:
-                return variant.forward(block, *args, **kwargs)
+                result = variant.forward(block, *args, **kwargs)
             except DecisionChanged as changed:
                 change = changed
+                continue
+            if variant not in self.variants.setdefault(key, []):
+                self.variants[key].append(variant)
+            return result
         try:
             variant = self.trace(block, step, args, kwargs, change)
         except Exception as error:
@@ -92,6 +96,14 @@ class BlockRunner:
             raise failure from error
         self.variants.setdefault(key, []).append(variant)
         return variant.forward(block, *args, **kwargs)
+
+    def _candidates(self, key: Any) -> Iterator[Variant]:
+        """Yield the graphs that may fit: those made for such calls, then those that tell at once if they do not."""
+        own = list(self.variants.get(key, ()))
+        yield from own
+        for other, variants in list(self.variants.items()):
+            if other[0] == key[0]:
+                yield from (v for v in variants if v not in own and not v.needs.late)
 
     def _run_compiled(self, block: nn.Module, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         change = None
@@ -141,7 +153,7 @@ class BlockRunner:
         names = self.plan.calls[0].residuals if self.plan.shared else call.residuals
         given = bind_inputs(original, *read_out((args, kwargs)))
         with state_restored(block):
-            traced = trace(original, given, inline=self.plan.scopes, hints=self.hints)
+            traced = trace(original, given, inline=self.plan.scopes, hints=self.hints, loose=True)
         gm = traced.graph_module
         found = find_residuals(gm)
         wanted = tuple((relative(name, self.plan.path), signature) for name, signature in names)
@@ -152,7 +164,7 @@ class BlockRunner:
             raise TraceError(self._differs({name for name, _ in wanted} - {r.name for r in plan.residuals}, change))
         plan = Plan(gm, linked(plan, call, self.plan.path, self.options), plan.skipped, self.options)
         graph = rewritten_graph(gm, plan)
-        _adopt_constants(block, graph, gm)
+        adopt_constants(block, graph, gm)
         log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
         return Variant(graph)
 

@@ -23,7 +23,7 @@ from .hints import Hints
 from .hooks import read_outputs
 from .options import Options
 from .planner import Plan, make_plan
-from .reference import ReferenceInterpreter, separate
+from .reference import NamedInputs, ReferenceInterpreter, separate
 from .structure import clone_structure
 from .tape import Tape, _tensors, record
 from .verify import STREAM_TOLERANCES, relative_error, run_like, without_stream_dropout
@@ -265,12 +265,12 @@ def _separated_error(
     """Return the error with separated streams and its bound, or why it cannot be told."""
     unique = nn.ModuleList({id(m): m for m in modules.values()}.values())
     start = {name: value.clone() for name, value in unique.state_dict().items()}
-    plain = torch.fx.Interpreter(tape.graph_module, garbage_collect_values=True)
+    plain = NamedInputs(tape.graph_module)
     try:
         separate(unique)
         actual = _tensors(run_like(converted, args, kwargs))
         reference = ReferenceInterpreter(planned.plan, dict(modules))
-        expected = run_like(tape.graph_module, tape.inputs, {}, reference.run)
+        expected = run_like(tape.graph_module, (), tape.named_inputs, reference.run_on)
     except Exception as failure:
         return (0.0, 0.0), f"Streams were not compared one by one: repeating the recorded run fails ({failure})"[:300]
     finally:
@@ -284,7 +284,7 @@ def _separated_error(
             "Streams were not compared one by one: the model decides on values of tensors, which other streams change."
         )
     outputs = _tensors(run_like(converted, args, kwargs))
-    repeated = run_like(tape.graph_module, tape.inputs, {}, plain.run)
+    repeated = run_like(tape.graph_module, (), tape.named_inputs, plain.run_on)
     if not relative_error(outputs, list(repeated)) <= bound:
         return (0.0, 0.0), "Streams were not compared one by one: the recorded run gives other outputs when repeated."
     return (error, bound), None

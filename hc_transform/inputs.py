@@ -45,14 +45,13 @@ def place_inputs(
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     # Decorators around a forward look for inputs by their names, where they can be given so.
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
-    by_keyword = all(p.kind not in positional for p in signature.parameters.values())
+    positional = any(p.kind in (p.POSITIONAL_ONLY, p.VAR_POSITIONAL) for p in signature.parameters.values())
     for name, parameter in signature.parameters.items():  # entries after all checks, which tell what is missing
         if parameter.kind is parameter.VAR_POSITIONAL:
             args.extend(proxies[name][i] for i in range(len(values[name])))
         elif parameter.kind is parameter.VAR_KEYWORD:
             kwargs.update({key: proxies[name][key] for key in values[name]})
-        elif parameter.kind is parameter.KEYWORD_ONLY or by_keyword:
+        elif parameter.kind is parameter.KEYWORD_ONLY or not positional:
             kwargs[name] = given[name]
         else:
             args.append(given[name])
@@ -66,6 +65,8 @@ def _checked(tracer: ValueTracer, parameter: inspect.Parameter, proxy: ValueProx
         tracer.graph.call_function(guards.check_len, (proxy.node, len(value), f"*{name}"))
     elif parameter.kind is parameter.VAR_KEYWORD:
         tracer.graph.call_function(guards.check_keys, (proxy.node, tuple(value), f"**{name}"))
+    elif name in tracer.loose:
+        return proxy
     elif value is not UNKNOWN and is_constant(value):
         tracer.graph.call_function(guards.check_input, (proxy.node, value, name))
         return value

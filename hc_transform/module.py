@@ -85,7 +85,7 @@ class HyperConnectedModule(fx.GraphModule):
         if connections:
             original.add_module(CONNECTIONS_NAME, connections)
         graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
-        _adopt_constants(original, graph, analysis.trace.graph_module)
+        adopt_constants(original, graph, analysis.trace.graph_module)
         super().__init__(original, graph, type(original).__name__)
         # One set of dictionaries for both, so that moves, casts and loads reach both.
         for name in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", *HOOKS):
@@ -187,7 +187,7 @@ class HyperConnectedModule(fx.GraphModule):
                 f"{change or ''} Convert another copy of the model with example inputs like these."
             ) from change
         graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
-        _adopt_constants(self, graph, analysis.trace.graph_module)
+        adopt_constants(self, graph, analysis.trace.graph_module)
         log.info("traced again: %s", change)
         variant = Variant(graph)
         self._variants.append(variant)
@@ -245,7 +245,7 @@ def _compiled(graph: fx.Graph) -> Callable[..., Any]:
     return namespace["forward"]
 
 
-def _adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> None:
+def adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> None:
     """Move the constants of a trace to ``module``, under names that are free there."""
     for node in graph.nodes:
         if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):

@@ -58,6 +58,12 @@ class Tape:
     inputs: tuple[torch.Tensor, ...]
     reads_values: bool = False
 
+    @property
+    def named_inputs(self) -> dict[str, torch.Tensor]:
+        """The inputs by the names of their placeholders."""
+        names = [str(node.target) for node in self.graph_module.graph.nodes if node.op == "placeholder"]
+        return dict(zip(names, self.inputs, strict=True))
+
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
     """Run ``model`` once and return the tape. State and random numbers are put back afterwards."""

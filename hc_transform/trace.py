@@ -19,6 +19,7 @@ from .errors import TraceError, UnsupportedModel
 from .frames import INTERNAL_FILES
 from .guards import CHECKS, check_equal
 from .hints import Hints
+from .loosen import loosen
 from .proxy import UNKNOWN, CannotInline
 from .reads import is_shape_read
 from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors, state_restored
@@ -71,6 +72,7 @@ def trace(
     inline: frozenset[str] | None = None,
     hints: Hints | None = None,
     probing: bool = False,
+    loose: bool = False,
 ) -> Trace:
     """Trace ``model``, leaving as leaves those modules whose code cannot be traced.
 
@@ -80,6 +82,7 @@ def trace(
         inline: paths of the modules to trace into; by default all that may hold a residual add.
         hints: what to wrap, to leave whole and to look into.
         probing: trace also what a graph cannot hold, to see what is there. The graph is not to be run.
+        loose: inputs that the code only passes on are not checked; see :mod:`hc_transform.loosen`.
 
     Raises:
         PatternError: a hint names no module.
@@ -105,6 +108,8 @@ def trace(
                 tracer = ValueTracer(inlined, given, hints.wrap_functions, probing=probing)
                 tracer.calls.update(dict.fromkeys(opaque))
                 graph = tracer.trace(work)
+                if loose:
+                    graph, work = _loosened(graph, work, tracer, model, hints)
             if not probing:
                 record_assignments(graph, work, model, inlined)
             break
@@ -128,6 +133,29 @@ def trace(
     graph.lint()
     calls = {path: call for path, call in tracer.calls.items() if call is not None}
     return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None)
+
+
+def _loosened(
+    graph: fx.Graph, work: nn.Module, tracer: ValueTracer, model: nn.Module, hints: Hints
+) -> tuple[fx.Graph, nn.Module]:
+    """Return the graph without checks of inputs that are only passed on, and the module it is of."""
+    works = {id(graph): work}
+
+    def again(inputs: Mapping[str, Any], loose: frozenset[str]) -> fx.Graph:
+        copied = clone_structure(model)
+        show_plain_tensors(copied, tracer.inline)
+        another = ValueTracer(tracer.inline, inputs, hints.wrap_functions, loose=loose, script=list(tracer.evaluated))
+        made = another.trace(copied)
+        works[id(made)] = copied
+        return made
+
+    parameters = inspect.signature(model.forward).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    defaults = {p.name: p.default for p in named if p.default is not p.empty}
+    given = {p.name: tracer.inputs[p.name] for p in named if p.name in tracer.inputs}
+    stars = {name: value for name, value in tracer.inputs.items() if name not in given}
+    graph = loosen(graph, given, defaults, lambda inputs, loose: again({**inputs, **stars}, loose))
+    return graph, works[id(graph)]
 
 
 def _must_stay_leaf(module: nn.Module) -> str | None:

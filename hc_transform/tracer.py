@@ -42,8 +42,11 @@ class ValueTracer(fx.Tracer):
             (None, numbers, strings) stay constants, checked on every call.
         wrap_functions: functions to record as one call.
         probing: go on where a graph could not hold what the code does.
+        loose: inputs that become proxies without a check though they are constants.
+        script: what an earlier trace evaluated; its values are taken again, in order.
 
     Attributes:
+        evaluated: every operation with its value, a script for another trace.
         calls: what modules were called with; its keys say of which this is kept.
     """
 
@@ -56,6 +59,8 @@ class ValueTracer(fx.Tracer):
         wrap_functions: tuple[Callable[..., Any], ...] = (),
         *,
         probing: bool = False,
+        loose: frozenset[str] = frozenset(),
+        script: list[tuple[Any, ...]] | None = None,
     ) -> None:
         super().__init__(
             autowrap_modules=(math, einops),  # type: ignore[arg-type]
@@ -64,6 +69,9 @@ class ValueTracer(fx.Tracer):
         self.inline = inline
         self.inputs = inputs
         self.probing = probing
+        self.loose = loose
+        self.evaluated: list[tuple[Any, ...]] = []
+        self._script = None if script is None else iter(script)
         self.calls: dict[str, tuple[Any, Any] | None] = {}
         self.evaluating = False
         self.reads_training = False
@@ -124,7 +132,7 @@ class ValueTracer(fx.Tracer):
         key = (kind, target, node_args, tuple(node_kwargs.items())) if about_shape else None
         if key is not None and _hashable(key) and key in self._known:
             return self._known[key]
-        value, changed = self._evaluate(kind, target, args, kwargs)
+        value, changed = self._value(kind, target, args, kwargs)
         node = self.create_node(kind, target, node_args, node_kwargs, name, type_expr)
         if value is None:
             if target in (operator.getitem, getattr):
@@ -233,6 +241,18 @@ class ValueTracer(fx.Tracer):
             yield
         finally:
             self.evaluating = before
+
+    def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
+        """Return what :meth:`_evaluate` does, or what it did in the trace that the script is of."""
+        if self._script is None or kind == "get_attr":
+            value, changed = self._evaluate(kind, target, args, kwargs)
+        else:
+            before, name, value, changed = next(self._script, (None, None, None, []))
+            if before != kind or name != getattr(target, "__name__", target):
+                raise CannotInline("", "it decides on an input")
+        if kind != "get_attr":
+            self.evaluated.append((kind, getattr(target, "__name__", target), value, changed))
+        return value, changed
 
     def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
         """Return the operation's value and those argument tensors that it changed in place."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import hf_counts
 import hf_inputs
+import hf_media
 import hf_models
 from hf_counts import Counts, Formula
 from hf_inputs import Inputs
@@ -63,7 +64,7 @@ def _cases(
 
         formula, note = counts[model_type]
         name = f"{kind}:{model_type}"
-        lengths = hf_models.LENGTHS.get(name, options.get("lengths", (12, 9)))
+        lengths = hf_media.LENGTHS.get(name, options.get("lengths", (12, 9)))
         further = {**options, "lengths": lengths, "skip": hf_models.SKIP.get(name)}
         yield Case(name, kind, make, example, formula, note, **further)
 
@@ -86,5 +87,7 @@ CASES = [
         hf_inputs.seq2seq,
         generates=True,
     ),
-    *_cases("vision", "MODEL_MAPPING", hf_models.VISION, hf_counts.VISION, hf_inputs.images, lengths=(32, 32)),
+    *_cases("vision", "MODEL_MAPPING", hf_media.VISION, hf_counts.VISION, hf_inputs.images, lengths=(32, 32)),
+    *_cases("audio", "MODEL_MAPPING", hf_media.AUDIO, hf_counts.AUDIO, hf_inputs.sound, lengths=(24, 16)),
+    *_cases("other", "MODEL_MAPPING", hf_media.OTHER, hf_counts.OTHER, hf_inputs.others),
 ]

@@ -5,7 +5,7 @@ a value that its branch is computed from, scaled or not; a sum of several branch
 ``x + attn(x) + mlp(x)``, is one residual. Sums of experts, of position embeddings and of two projections do not
 count; nor do projection shortcuts; nor adds inside the branch of another residual, since of trunks that nest
 the one with the most residuals is converted. Counts are of adds that run: a block that runs five times counts
-five times; ``looped`` also notes how often its adds are written. A note that begins with "doubtful" says
+five times; ``looped`` also notes how often its adds are written. A note with "doubtful" in it says
 what else the number could be.
 """
 
@@ -34,17 +34,18 @@ REFUSED = lambda c: None  # noqa: E731 - an expected refusal has no count
 
 CAUSAL: Counts = {
     **every(
-        """afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba beam biogpt bitnet bloom cpmant
-        ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 dots3_note_text ernie4_5 ernie4_5_moe exaone
-        exaone4 exaone_moe falcon_h1 flex_olmo flint gemma gemma2 gemma3_text gemma4_unified_text glm glm4 glm4_moe
-        glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neo gpt_neox_japanese gpt_oss granite granite_swa
-        granitemoe granitemoe_swa granitemoehybrid granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
-        hyperclovax inkling_text internlm3 iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2
-        lfm2_moe lfm3 llama llama4_text mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral
-        ministral3 mistral mixtral modernbert-decoder moshi mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe
-        openai-gpt opt persimmon phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next
-        recurrent_gemma rwkv sarvam_mla sarvam_moe seed_oss smollm3 solar_open starcoder2 trocr vaultgemma
-        xglm youtu""",
+        """afmoe apertus apertus1p5_text arcee aria_text axk1 axk2 bailing_hybrid bamba beam biogpt bitnet bloom
+        cpmant ctrl cwm deepseek_v2 deepseek_v3 deepseek_v32 diffllama doge dots1 dots3_note_text ernie4_5
+        ernie4_5_moe exaone exaone4 exaone_moe falcon_h1 flex_olmo flint gemma gemma2 gemma3_text
+        gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite glm_moe_dsa gpt2 gpt_bigcode gpt_neo
+        gpt_neox_japanese gpt_oss granite granite_swa granitemoe granitemoe_swa granitemoehybrid
+        granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 hyperclovax inkling_text internlm3
+        iquestcoder jais2 jamba jetmoe kimi_linear kolibri1 laguna lara_mini lfm2 lfm2_moe lfm3 llama
+        llama4_text mellum mimo_v2_flash minicpm3 minimax minimax_m2 minimax_m3_vl_text ministral ministral3
+        mistral mixtral modernbert-decoder moshi mpt nanochat nemotron olmo olmo2 olmo3 olmo_hybrid olmoe
+        openai-gpt opt persimmon phi3 phimoe qwen2 qwen2_moe qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe
+        qwen3_next recurrent_gemma rwkv sarvam_mla sarvam_moe seed_oss smollm3 solar_open starcoder2 trocr
+        vaultgemma xglm youtu""",
         lambda c: 2 * c.num_hidden_layers,
         "attention (or its linear, convolutional or recurrent stand-in) and MLP, one after the other, on the trunk; "
         "cross attention does not run without encoder states",
@@ -92,6 +93,7 @@ CAUSAL: Counts = {
     "mamba2": (lambda c: c.num_hidden_layers, "one mixer a block; its scan + D * x is inside the branch"),
     "nemotron_h": (lambda c: len(c.layers_block_type), "one mixer a block, of whichever kind"),
     "stablelm": (lambda c: (1 if c.use_parallel_residual else 2) * c.num_hidden_layers, "parallel: one residual"),
+    "xlstm": (lambda c: 2 * c.num_hidden_layers, "mLSTM and MLP"),
     "zamba": (
         lambda c: c.num_hidden_layers,
         "one mixer a layer. In a hybrid layer the branch reads h + shared_transformer(h): inside the branch, not on "
@@ -100,18 +102,18 @@ CAUSAL: Counts = {
     "zamba2": (lambda c: c.num_hidden_layers, "as zamba"),
     "zaya": (
         lambda c: 2 * c.num_hidden_layers,
-        "(f + b1) * s1 + (x + b2) * s2: the skip is shifted and scaled by parameters, pointwise",
+        "(f + b1) * s1 + (x + b2) * s2. Doubtful: the skip is shifted as well as scaled by parameters",
     ),
     **every("deepseek_v4 hy_v4 qwen4_exp_text", REFUSED, "hyper-connected already"),
 }
 
 ENCODERS: Counts = {
     **every(
-        """bert bert-generation big_bird bros camembert clip_text_model convbert data2vec-text deberta deberta-v2 distilbert
-        dpr electra ernie esm esmc eurobert flaubert fnet gte ibert jina_embeddings_v3 layoutlm layoutlmv3 longformer
-        luke markuplm megatron-bert modernbert mpnet mra nomic_bert nystromformer openai_privacy_filter rembert roberta
-        roberta-prelayernorm roc_bert roformer splinter squeezebert tapas tipsv2_text_model ultrabert xlm xlm-roberta
-        xlm-roberta-xl xlnet yoso""",
+        """bert bert-generation big_bird bros camembert clip_text_model convbert data2vec-text deberta deberta-v2
+        distilbert dpr electra ernie esm esmc eurobert flaubert fnet gte ibert jina_embeddings_v3 layoutlm
+        layoutlmv3 longformer luke markuplm megatron-bert modernbert mpnet mra nomic_bert nystromformer
+        openai_privacy_filter rembert roberta roberta-prelayernorm roc_bert roformer splinter squeezebert tapas
+        tipsv2_text_model ultrabert xlm xlm-roberta xlm-roberta-xl xlnet yoso""",
         lambda c: 2 * c.num_hidden_layers,
         "attention and MLP, before or after their norms; in XLM and FlauBERT the adds stand in the model's own forward",
     ),
@@ -157,8 +159,8 @@ def _both(c: Any) -> int:
 
 SEQ2SEQ: Counts = {
     **every(
-        """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe pegasus
-        plbart prophetnet seamless_m4t seamless_m4t_v2 switch_transformers t5 umt5""",
+        """bart bigbird_pegasus blenderbot blenderbot-small fsmt led longt5 m2m_100 marian mbart mt5 mvp nllb-moe
+        pegasus plbart prophetnet seamless_m4t seamless_m4t_v2 switch_transformers t5 umt5""",
         _both,
         "encoder: attention and MLP; decoder: attention, cross attention, MLP; sparse MLPs are one branch",
     ),
@@ -200,9 +202,9 @@ DETECTION_NOTE = (
 VISION: Counts = {
     **every(
         """vit deit beit data2vec-vision dinov2 dinov2_with_registers dinov3_vit dpt vit_mae vit_msn
-        clip_vision_model vitdet ijepa aimv2_vision_model pixio mlcd_vision_model imagegpt internvl_vision chinese_clip_vision_model
-        tipsv2_vision_model radio sapiens2 pixtral sam_vision_model sam_hq_vision_model sam3_vit_model videomae vilt
-        vivit yolos""",
+        clip_vision_model vitdet ijepa aimv2_vision_model pixio mlcd_vision_model imagegpt internvl_vision
+        chinese_clip_vision_model tipsv2_vision_model radio sapiens2 pixtral sam_vision_model
+        sam_hq_vision_model sam3_vit_model videomae vilt vivit yolos""",
         lambda c: 2 * c.num_hidden_layers,
         "attention and MLP; windows are cut inside the attention's branch",
     ),
@@ -269,9 +271,101 @@ VISION: Counts = {
         lambda c: (2 - 1) + 2 * sum(c.n_attn_blocks),
         "one inverted residual of stride 1 (stage 2), attention and MLP of the transformer layers",
     ),
+    "sam": (
+        lambda c: 2 * c.vision_config.num_hidden_layers + 4 * c.mask_decoder_config.num_hidden_layers - 1 + 1,
+        "image encoder: attention and MLP; mask decoder: attention (without a skip in its first layer), cross "
+        "attention, MLP, and cross attention of the image, whose stream is another trunk; one more cross attention "
+        "after the layers",
+    ),
     "swiftformer": (
         lambda c: sum((depth - 1) + 3 for depth in c.depths),
         "convolutional blocks one each; a stage's last block: local representation, attention, MLP. The attention's "
         "proj(...) + query is inside its branch",
+    ),
+}
+
+AUDIO: Counts = {
+    **every(
+        "data2vec-audio hubert unispeech unispeech-sat wav2vec2 wavlm",
+        lambda c: 2 * c.num_hidden_layers + 1,
+        "attention and MLP; the encoder's own forward adds the convolutional position embedding of x to x: by "
+        "the letter one more, on the trunk. Doubtful: without it 2 a layer",
+    ),
+    "omniasr_audio": (
+        lambda c: 2 * c.num_hidden_layers + 1,
+        "attention and MLP, and x plus the convolutional position embedding of x. Doubtful: without it 2 a layer",
+    ),
+    **every(
+        """audio-spectrogram-transformer glmasr_encoder qwen2_audio_encoder sew sew-d voxtral_encoder""",
+        lambda c: 2 * c.num_hidden_layers,
+        "attention and MLP; in SEW the skip of the position embedding is pooled, so that is none",
+    ),
+    **every(
+        "gemma4_audio lasr_encoder parakeet_encoder wav2vec2-bert wav2vec2-conformer",
+        lambda c: 4 * c.num_hidden_layers,
+        "half an MLP, attention, convolution, half an MLP; in lasr both terms are weighted",
+    ),
+    **every(
+        "speech_to_text whisper",
+        lambda c: 2 * c.encoder_layers + 3 * c.decoder_layers,
+        "encoder: attention and MLP; decoder: attention, cross attention, MLP",
+    ),
+    "clap": (
+        lambda c: 2 * sum(c.audio_config.depths) + 2 * c.text_config.num_hidden_layers,
+        "attention and MLP of each block in both towers; the fusion block is off",
+    ),
+    "moonshine": (
+        lambda c: 2 * c.encoder_num_hidden_layers + 3 * c.decoder_num_hidden_layers,
+        "encoder: attention and MLP; decoder: attention, cross attention, MLP",
+    ),
+}
+
+OTHER: Counts = {
+    **every(
+        "autoformer informer time_series_transformer",
+        lambda c: 2 * c.encoder_layers + 3 * c.decoder_layers,
+        "encoder: attention and MLP; decoder: attention, cross attention, MLP. Autoformer takes a moving average from "
+        "the stream after each sum (x - average(x), no add), and sums up trends beside it",
+    ),
+    "blip_2_qformer": (
+        lambda c: 2 * c.num_hidden_layers + math.ceil(c.num_hidden_layers / c.cross_attention_frequency),
+        "attention and MLP, cross attention in every so manieth layer, over a slice that is the whole of the queries",
+    ),
+    "decision_transformer": (lambda c: 2 * c.num_hidden_layers, "attention and MLP; time embeddings do not count"),
+    "git": (
+        lambda c: 2 * c.num_hidden_layers + 2 * c.vision_config.num_hidden_layers,
+        "attention and MLP in both towers",
+    ),
+    "llava": (
+        lambda c: 2 * c.text_config.num_hidden_layers + 2 * c.vision_config.num_hidden_layers,
+        "attention and MLP in both towers. Doubtful: the vision tower's last layer runs, but its output is not used",
+    ),
+    "lxmert": (
+        lambda c: 2 * c.l_layers + 2 * c.r_layers + 6 * c.x_layers,
+        "text and regions: attention and MLP; cross layers: cross attention, attention, MLP, in both streams. "
+        "Doubtful: one cross attention module serves both streams, and is written once",
+    ),
+    "patchtsmixer": (lambda c: 2 * c.num_layers, "mixing of patches, and of features"),
+    "patchtst": (
+        lambda c: (3 if c.channel_attention else 2) * c.num_hidden_layers,
+        "attention and MLP, behind batch norms",
+    ),
+    "perceiver": (
+        looped(
+            lambda c: 1 + 2 * c.num_blocks * c.num_self_attends_per_block,
+            lambda c: 1 + 2 * c.num_self_attends_per_block,
+        ),
+        "MLP after the cross attention, then attention and MLP of layers that every block runs again. Doubtful: the "
+        "skip of the cross attention is the latents, a parameter; a block by itself cannot see that",
+    ),
+    **every(
+        "timesfm timesfm2_5",
+        lambda c: 2 * c.num_hidden_layers,
+        "attention and MLP; the residual blocks before and after have projected shortcuts",
+    ),
+    "visual_bert": (lambda c: 2 * c.num_hidden_layers, "attention and MLP"),
+    "vjepa2": (
+        lambda c: 2 * c.num_hidden_layers + 2 * c.pred_num_hidden_layers,
+        "attention and MLP in the encoder and the predictor; the pooler does not run",
     ),
 }

@@ -81,6 +81,8 @@ def images(config: Any) -> Inputs:
             return _patches(batch, side // config.patch_size, 3 * config.patch_size**2)
         if config.model_type in ("clip", "siglip", "chinese_clip", "owlvit", "vilt"):
             return {**text(config)(batch, 12), "pixel_values": pixels}
+        if config.model_type == "sam":
+            return {"pixel_values": pixels, "input_points": side * torch.rand(batch, 1, 2, 2)}
         return {"pixel_values": pixels}
 
     return inputs
@@ -92,3 +94,163 @@ def _patches(batch: int, side: int, width: int) -> Kwargs:
         "pixel_attention_mask": torch.ones(batch, side * side, dtype=torch.long),
         "spatial_shapes": torch.full((batch, 2), side),
     }
+
+
+def sound(config: Any) -> Inputs:
+    """Waves, or spectra over time, as a model takes them; for a decoder, tokens beside them."""
+    name = config.model_type
+
+    def inputs(batch: int, length: int) -> Kwargs:
+        if name in ("whisper", "qwen2_audio_encoder", "voxtral_encoder", "glmasr_encoder"):  # (B, mels, T)
+            kwargs = {"input_features": torch.randn(batch, config.num_mel_bins, length)}
+        elif name == "audio-spectrogram-transformer":
+            kwargs = {"input_values": torch.randn(batch, length, config.num_mel_bins)}
+        elif name == "clap":
+            mels = torch.randn(batch, 1, 60, config.audio_config.num_mel_bins)
+            kwargs = {"input_features": mels, "is_longer": torch.zeros(batch, 1, dtype=torch.bool), **_words(batch)}
+        elif name == "gemma4_audio":
+            mels = torch.randn(batch, 4 * length, config.subsampling_conv_channels[0])
+            kwargs = {"input_features": mels, "attention_mask": torch.ones(batch, 4 * length, dtype=torch.bool)}
+        elif name == "speech_to_text":
+            kwargs = {"input_features": torch.randn(batch, 4 * length, config.input_feat_per_channel)}
+        elif name == "wav2vec2-bert":
+            kwargs = {"input_features": torch.randn(batch, length, config.feature_projection_input_dim)}
+        elif name in ("parakeet_encoder", "lasr_encoder"):  # (B, T, mels)
+            kwargs = {"input_features": torch.randn(batch, 8 * length, config.num_mel_bins)}
+        elif name == "omniasr_audio":
+            kwargs = {"input_values": torch.randn(batch, 1, length)}
+        else:
+            kwargs = {"input_values": torch.randn(batch, length)}
+        if config.is_encoder_decoder:
+            kwargs["decoder_input_ids"] = tokens(batch, 7, config.vocab_size)
+        return kwargs
+
+    return inputs
+
+
+def _words(batch: int) -> Kwargs:
+    ids = tokens(batch, 9, 99)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def others(config: Any) -> Inputs:
+    """What models of time series, trajectories, latents and several modalities take."""
+    return {
+        "blip_2_qformer": _queries,
+        "decision_transformer": _trajectory,
+        "git": _text_and_image,
+        "llava": _text_with_image,
+        "lxmert": _text_and_regions,
+        "patchtsmixer": _channels,
+        "patchtst": _channels,
+        "perceiver": _array,
+        "timesfm": _padded_series,
+        "timesfm2_5": _padded_series,
+        "visual_bert": _text_and_regions,
+        "vjepa2": _video,
+    }.get(config.model_type, _series)(config)
+
+
+def _series(config: Any) -> Inputs:
+    """A time series, what is known of each moment, and what is to be predicted."""
+
+    def inputs(batch: int, length: int) -> Kwargs:
+        past, future, features = length + max(config.lags_sequence), config.prediction_length, config.num_time_features
+        return {
+            "past_values": torch.rand(batch, past) + 0.5,
+            "past_time_features": torch.randn(batch, past, features),
+            "past_observed_mask": torch.ones(batch, past),
+            "static_categorical_features": torch.randint(0, config.cardinality[0], (batch, 1)),
+            "future_values": torch.rand(batch, future) + 0.5,
+            "future_time_features": torch.randn(batch, future, features),
+        }
+
+    return inputs
+
+
+def _padded_series(config: Any) -> Inputs:
+    def inputs(batch: int, length: int) -> Kwargs:
+        kwargs: Kwargs = {
+            "past_values": torch.randn(batch, length),
+            "past_values_padding": torch.zeros(batch, length, dtype=torch.long),
+        }
+        if config.model_type == "timesfm":
+            kwargs["freq"] = torch.zeros(batch, 1, dtype=torch.long)
+        return kwargs
+
+    return inputs
+
+
+def _channels(config: Any) -> Inputs:
+    return lambda batch, length: {"past_values": torch.randn(batch, length, config.num_input_channels)}
+
+
+def _trajectory(config: Any) -> Inputs:
+    def inputs(batch: int, length: int) -> Kwargs:
+        return {
+            "states": torch.randn(batch, length, config.state_dim),
+            "actions": torch.randn(batch, length, config.act_dim),
+            "rewards": torch.randn(batch, length, 1),
+            "returns_to_go": torch.randn(batch, length, 1),
+            "timesteps": torch.arange(length).expand(batch, length),
+            "attention_mask": torch.ones(batch, length),
+        }
+
+    return inputs
+
+
+def _queries(config: Any) -> Inputs:
+    def inputs(batch: int, length: int) -> Kwargs:
+        return {
+            "query_embeds": torch.randn(batch, length, config.hidden_size),
+            "encoder_hidden_states": torch.randn(batch, 7, config.encoder_hidden_size),
+        }
+
+    return inputs
+
+
+def _array(config: Any) -> Inputs:
+    return lambda batch, length: {"inputs": torch.randn(batch, length, config.d_model)}
+
+
+def _text_and_regions(config: Any) -> Inputs:
+    plain = text(config)
+
+    def inputs(batch: int, length: int) -> Kwargs:
+        if config.model_type == "lxmert":
+            regions = {
+                "visual_feats": torch.randn(batch, 5, config.visual_feat_dim),
+                "visual_pos": torch.rand(batch, 5, 4),
+            }
+        else:
+            regions = {
+                "visual_embeds": torch.randn(batch, 5, config.visual_embedding_dim),
+                "visual_attention_mask": torch.ones(batch, 5),
+            }
+        return {**plain(batch, length), **regions}
+
+    return inputs
+
+
+def _text_and_image(config: Any) -> Inputs:
+    plain = text(config)
+    side = config.vision_config.image_size
+    return lambda batch, length: {**plain(batch, length), "pixel_values": torch.randn(batch, 3, side, side)}
+
+
+def _text_with_image(config: Any) -> Inputs:
+    """Tokens among which stand as many image tokens as the image has patches."""
+    plain = _text_and_image(config)
+    vision = config.vision_config
+    patches = (vision.image_size // vision.patch_size) ** 2
+
+    def inputs(batch: int, length: int) -> Kwargs:
+        kwargs = plain(batch, length)
+        kwargs["input_ids"][:, 1 : 1 + patches] = config.image_token_index
+        return kwargs
+
+    return inputs
+
+
+def _video(config: Any) -> Inputs:
+    return lambda batch, side: {"pixel_values_videos": torch.randn(batch, config.frames_per_clip, 3, side, side)}

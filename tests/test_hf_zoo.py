@@ -7,11 +7,12 @@ import pytest
 pytest.importorskip("transformers")
 
 from hf_cases import CASES  # noqa: E402
-from hf_zoo import GOOD, run  # noqa: E402
+from hf_zoo import run  # noqa: E402
+from zoo import FINE  # noqa: E402
 
 
 @pytest.mark.hf_zoo
 @pytest.mark.parametrize("name", [case.name for case in CASES])
 def test_hf_zoo(name):
     outcome = run(name)
-    assert outcome.status in GOOD, f"{outcome.status}\n{outcome.message}"
+    assert outcome.status in FINE, f"{outcome.status}\n{outcome.message}"
