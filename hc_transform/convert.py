@@ -197,7 +197,7 @@ def _convert_blocks(
     if check and not inplace:
         error, note = verify_blocks(model, converted, planned, tape, modules, *example, bound_of=tolerance_of)
         notes += [f"Verified on the example inputs: largest relative error {error:.1e}.", *([note] if note else ())]
-    reason = f"because the whole model is no one graph: {why}" if why else "as asked"
+    reason = f"because the whole model is no one graph: {why.rstrip('.')}" if why else "as asked"
     notes.append(f"Scope blocks, {reason}. {len(planned.blocks)} modules run graphs; the rest is Python as before.")
     notes += [f"Streams are read out and begin anew {cut}." for cut in planned.cuts]
     notes += [*planned.notes, OPTIMIZER_NOTE]

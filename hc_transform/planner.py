@@ -14,7 +14,17 @@ from .errors import PatternError, UnsupportedModel
 from .findings import Findings, Reason, Residual, Skipped
 from .kinds import LINEAR_POINTWISES, Kind, Kinds, name_of, shape_of
 from .options import Options
-from .trunks import Passage, Trunk, as_skipped, carried_by, group, split, with_reads_of_their_own, without_nested
+from .trunks import (
+    Passage,
+    Trunk,
+    as_skipped,
+    boundary_before,
+    carried_by,
+    group,
+    split,
+    with_reads_of_their_own,
+    without_nested,
+)
 
 if TYPE_CHECKING:
     from .report import Report
@@ -69,7 +79,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     groups = [members for members in groups if members not in short]
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     groups.sort(key=lambda members: order[members[0].add])
-    trunks = tuple(Trunk(i, tuple(members), carried_by(members, passage)) for i, members in enumerate(groups))
+    trunks = tuple(_trunk(i, members, groups[:i], passage) for i, members in enumerate(groups))
     if options.plain:
         skipped += [as_skipped(r, Reason.PLAIN) for t in trunks for r in t.residuals]
         trunks = ()
@@ -79,6 +89,11 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     passed = {s.verdict: replace(s.verdict, reason=Reason.CARRIED) for s in findings.shortcuts if s.add in carried}
     verdicts = [passed.get(verdict, verdict) for verdict in findings.skipped]
     return Plan(graph_module, trunks, (*verdicts, *skipped), options)
+
+
+def _trunk(index: int, members: list[Residual], earlier: list[list[Residual]], passage: Passage) -> Trunk:
+    boundary = boundary_before(members[0].skip, passage, {r.add for others in earlier for r in others})
+    return Trunk(index, tuple(members), carried_by(members, passage), boundary=boundary)
 
 
 def _selected(residuals: Sequence[Residual], options: Options) -> tuple[list[Residual], list[Skipped]]:
