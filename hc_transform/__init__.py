@@ -25,7 +25,8 @@ from .errors import (
     TraceError,
     UnsupportedModel,
 )
-from .find import Findings, Reason, Residual, Shortcut, Skipped, find_residuals
+from .find import find_residuals
+from .findings import Findings, Reason, Residual, Shortcut, Skipped
 from .layer import HyperConnections, PlainResidual, get_init_and_expand_reduce_stream_functions
 from .module import HyperConnectedModule
 from .options import Options

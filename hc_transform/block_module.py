@@ -19,17 +19,19 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .additions import CONNECTIONS_NAME
 from .blocks import BlockPlan, signature_of
 from .carrier import TrunkValue, is_trunk_value, read_out
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
-from .find import Findings, Residual, find_residuals
+from .find import find_residuals
+from .findings import Findings, Residual
 from .hints import Hints
 from .hooks import observe
 from .kinds import Kinds, is_tensor
 from .module import Variant, adopt_constants, decides_on_training
 from .options import Options
 from .planner import Plan, make_plan
-from .rewrite import CONNECTIONS_NAME, rewritten_graph
+from .rewrite import rewritten_graph
 from .structure import clone_structure, state_restored
 from .trace import bind_inputs, trace
 from .trunks import Passage, Trunk
@@ -74,7 +76,7 @@ class BlockRunner:
             return self._run_compiled(block, step, args, kwargs)
         if self.calls[step].leaves:
             refuse_reentrant(block)
-        key = (step, block.training, _kind(args), _kind(kwargs))
+        key = (step, block.training, self._observed(block), _kind(args), _kind(kwargs))
         change = None
         for variant in self._candidates(key):
             try:
@@ -95,12 +97,16 @@ class BlockRunner:
         self.variants.setdefault(key, []).append(variant)
         return variant.forward(block, *args, **kwargs)
 
+    def _observed(self, block: nn.Module) -> frozenset[str]:
+        """Return the modules in the graph that have forward hooks."""
+        return frozenset(path for path in self.plan.scopes if path and block.get_submodule(path)._forward_hooks)
+
     def _candidates(self, key: Any) -> Iterator[Variant]:
         """Yield the graphs that may fit: those made for such calls, then those that tell at once if they do not."""
         own = list(self.variants.get(key, ()))
         yield from own
         for other, variants in list(self.variants.items()):
-            if other[0] == key[0]:
+            if other[0] == key[0] and other[2] == key[2]:
                 yield from (v for v in variants if v not in own and not v.needs.late)
 
     def _run_compiled(self, block: nn.Module, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -151,7 +157,14 @@ class BlockRunner:
         names = self.plan.calls[0].residuals if self.plan.shared else call.residuals
         given = bind_inputs(original, *read_out((args, kwargs)))
         with state_restored(block):
-            traced = trace(original, given, inline=self.plan.scopes, hints=self.hints, loose=True)
+            traced = trace(
+                original,
+                given,
+                inline=self.plan.scopes,
+                hints=self.hints,
+                loose=True,
+                observed=self._observed(block),
+            )
         gm = traced.graph_module
         found = find_residuals(gm)
         wanted = tuple((relative(name, self.plan.path), signature) for name, signature in names)

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from .additions import CONNECTIONS_NAME, connection_dict, key_of, make_connections
 from .connections import ConnectionLike
 from .convert_blocks import analyse_blocks, convert_blocks, verify_blocks
 from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .examples import example_inputs
-from .find import Reason
+from .findings import Reason
 from .hints import Hints
 from .module import HyperConnectedModule, decides_on_training
 from .options import Options
 from .pipeline import Analysis, analyse
 from .planner import Plan
 from .report import report_of
-from .rewrite import CONNECTIONS_NAME, connection_dict, key_of, make_connections
 from .structure import clone_structure
 from .trace import bind_inputs
 from .verify import run_like, tolerance_of
@@ -68,7 +68,8 @@ def convert(
         model: any nn.Module that is not wrapped (DDP, FSDP, torch.compile, torch.jit).
         args, kwargs: example inputs. Without them those that the model carries are tried
             (``example_input_array``, ``dummy_inputs``, timm's ``default_cfg``), else it is traced
-            without values and not verified.
+            without values and not verified. Inputs that are None, numbers, strings or dtypes are held as
+            constants: a call with another one traces again, once for each. All others may change.
         num_streams: n, by default 4, and 1 for "frac". With one stream of one fraction all residuals
             stay plain.
         connection: "static" or "dynamic" (arXiv 2409.19606), "mhc" (2512.24880), "mhc-lite"
@@ -129,14 +130,14 @@ def convert(
         shortcuts=shortcuts,
         min_residuals=min_residuals,
     )
-    example = _prepare(model, args, kwargs, scope)
+    example, expected = _prepare(model, args, kwargs, scope)
     hints = _hints(wrap_functions, leaf_modules, inline_modules)
     if scope == "blocks" or inplace:
         if scope == "graph":
             raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
         return _convert_blocks(model, example, options, hints, share_calls, inplace, verify, "")
     try:
-        return _convert_graph(model, example, options, hints, verify)
+        return _convert_graph(model, example, expected, options, hints, verify)
     except (TraceError, UnsupportedModel) as error:
         if scope == "graph" or example is None or isinstance(error.__cause__, ValueError):
             raise
@@ -147,7 +148,7 @@ def convert(
 
 
 def _convert_graph(
-    model: nn.Module, example: Example | None, options: Options, hints: Hints, check: bool
+    model: nn.Module, example: Example | None, expected: Any, options: Options, hints: Hints, check: bool
 ) -> HyperConnectedModule:
     """Return the model as one graph."""
     analysis = _analyse(model, example, options, hints)
@@ -160,7 +161,7 @@ def _convert_graph(
     if example is None:
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
     elif check:
-        error = verify_graph(model, converted, analysis.plan, *example)
+        error = verify_graph(model, converted, analysis.plan, *example, expected=expected)
         notes.insert(0, f"Verified on the example inputs: largest relative error {error:.1e}.")
     ends = sum(p.numel() for p in modules.parameters()) - sum(
         p.numel() for connection in connections.values() for p in connection.parameters()
@@ -196,7 +197,7 @@ def _convert_blocks(
     if check and not inplace:
         error, note = verify_blocks(model, converted, planned, tape, modules, *example, bound_of=tolerance_of)
         notes += [f"Verified on the example inputs: largest relative error {error:.1e}.", *([note] if note else ())]
-    reason = f"because the whole model is no one graph: {why}" if why else "as asked"
+    reason = f"because the whole model is no one graph: {why.rstrip('.')}" if why else "as asked"
     notes.append(f"Scope blocks, {reason}. {len(planned.blocks)} modules run graphs; the rest is Python as before.")
     notes += [f"Streams are read out and begin anew {cut}." for cut in planned.cuts]
     notes += [*planned.notes, OPTIMIZER_NOTE]
@@ -228,7 +229,7 @@ def plan(
     ['self_attn', 'linear1']
     """
     checked = _options(**options)
-    example = _prepare(model, args, kwargs, scope)
+    example, _ = _prepare(model, args, kwargs, scope)
     hints = _hints(wrap_functions, leaf_modules, inline_modules)
     if scope == "blocks" and example is not None:
         return analyse_blocks(model, *example, checked, share_calls=False, refused={})[0].plan
@@ -259,8 +260,8 @@ def _options(**given: Any) -> Options:
 
 def _prepare(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, scope: str
-) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Check the model and return the example inputs, which fit it."""
+) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Any]:
+    """Check the model and return the example inputs, which fit it, and its outputs on them."""
     if scope not in SCOPES:
         raise ValueError(f"scope is one of {', '.join(map(repr, SCOPES))}; got {scope!r}")
     refuse_unsupported(model)
@@ -270,13 +271,13 @@ def _prepare(
     if example is not None:
         bind_inputs(model, *example)
         try:
-            run_like(model, *example)
+            return example, run_like(model, *example)
         except Exception as error:
             raise TraceError(
                 f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
                 "Give inputs with args= and kwargs= that the model runs on."
             ) from error
-    return example
+    return None, None
 
 
 def _analyse(

@@ -10,21 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from .additions import CONNECTIONS_NAME, DROPOUT_KEY, connection_dict, expand_key, key_of, make_connections, readout_key
 from .block_module import RUNNER, BlockError, BlockRunner, install, reads_training, relative
 from .blocks import BlockPlan, BlocksPlan, container, plan_blocks
+from .candidates import may_add
 from .connections import Connection
 from .errors import HCTransformError, NotEquivalent
-from .find import Residual, find_residuals
+from .find import find_residuals
+from .findings import Residual
 from .frames import INTERNAL_FILES, short_name
 from .hints import Hints
 from .hooks import read_outputs
 from .options import Options
 from .planner import Plan, make_plan
 from .reference import NamedInputs, ReferenceInterpreter, separate
-from .rewrite import CONNECTIONS_NAME, DROPOUT_KEY, connection_dict, expand_key, key_of, make_connections, readout_key
 from .structure import clone_structure
 from .tape import Tape, _tensors, record
-from .trace import may_add
 from .verify import STREAM_TOLERANCES, relative_error, run_like, without_stream_dropout
 
 ATTEMPTS = 20  # blocks of one model that turn out not to be traceable

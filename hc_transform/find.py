@@ -2,108 +2,15 @@
 
 from __future__ import annotations
 
-import enum
-from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import fx, nn
+from torch import fx
 
+from .adds import ADDS, is_add, location_of, module_of, named, operands
 from .aliases import written_through
+from .findings import Findings, Reason, Residual, Shortcut, Skipped
 from .kinds import Kind, Kinds, is_tensor, name_of, shape_of
-
-ADDS = frozenset({"add", "add_", "iadd", "radd"})
-
-
-class Reason(enum.Enum):
-    """Why an add was not converted."""
-
-    SHAPES_DIFFER = "shapes differ: the branch output is broadcast onto the skip"
-    INDEPENDENT = "operands independent: neither is computed from the other"
-    POINTWISE_BRANCH = "branch is pointwise: an activation or a gate, not a residual"
-    PROJECTION = "projection shortcut: both operands are computed from one value, neither is that value"
-    CARRIED = "projection shortcut, carried: the shortcut is applied to every stream"
-    SHORT = "its trunk has fewer residuals than min_residuals"
-    MERGED = "part of a sum that is converted as one residual"
-    OVERWRITTEN = "the skip is overwritten in place by its own branch"
-    OPAQUE = "inside a module that stayed whole"
-    NESTED = "nested: inside or around the branches of a trunk with more residuals"
-    SHARED_READ = "its branch starts inside the branch of another residual on the same value"
-    EXCLUDED = "excluded"
-    PLAIN = "left plain: num_streams is 1"
-
-
-@dataclass(frozen=True)
-class Residual:
-    """One residual add ``skip + branch``.
-
-    Attributes:
-        name: module path that tells it apart, such as "blocks.0.attn".
-        module: path of the module whose code adds.
-        location: "file.py:123", the full path of the file.
-        add: the (last) add.
-        skip: the value that the branch is computed from.
-        skip_ops: operations between ``skip`` and the add, in order.
-        branch: the branch outputs; there are several in ``x + attn(x) + mlp(x)``.
-        region: all nodes from ``skip`` (without it) to the branch outputs.
-        absorbed: the other adds of the sum.
-        skip_scale, branch_scale: the factor ``alpha`` of ``torch.add``, where it is on that side.
-        branch_first: whether the branch is the add's first operand, which gives the sum its memory format.
-    """
-
-    name: str
-    module: str
-    location: str
-    add: fx.Node
-    skip: fx.Node
-    skip_ops: tuple[fx.Node, ...]
-    branch: tuple[fx.Node, ...]
-    region: frozenset[fx.Node]
-    absorbed: tuple[fx.Node, ...] = ()
-    skip_scale: Any = 1
-    branch_scale: Any = 1
-    branch_first: bool = False
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """One add (or opaque module) that is not converted, and why."""
-
-    name: str
-    module: str
-    location: str
-    reason: Reason
-    detail: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
-
-
-@dataclass(frozen=True)
-class Shortcut:
-    """A projection shortcut ``s(x) + f(x)``, s being a chain of operations that mixes less than f.
-
-    Attributes:
-        add: the add.
-        value: x.
-        way: the operations of s, in order.
-        verdict: the add as it stands among those that are not residuals.
-    """
-
-    add: fx.Node
-    value: fx.Node
-    way: tuple[fx.Node, ...]
-    verdict: Skipped
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All adds of a graph: those that are residuals, and those that are not."""
-
-    residuals: tuple[Residual, ...]
-    skipped: tuple[Skipped, ...]
-    shortcuts: tuple[Shortcut, ...] = ()
 
 
 def find_residuals(gm: fx.GraphModule) -> Findings:
@@ -162,7 +69,7 @@ class _Finder:
                 skipped[other] = _skip(other, Reason.MERGED)
         shortcuts = [self._shortcut(add, s) for add, s in skipped.items() if s.reason is Reason.PROJECTION]
         return Findings(
-            tuple(_named(list(residuals.values()), self.kinds.modules)),
+            tuple(named(list(residuals.values()), self.kinds.modules)),
             tuple(skipped.values()),
             tuple(s for s in shortcuts if s is not None),
         )
@@ -316,38 +223,6 @@ class _Finder:
         return weighted, len(mixing)
 
 
-def is_add(node: fx.Node) -> bool:
-    """Whether ``node`` adds two tensors, in any spelling."""
-    if node.op not in ("call_function", "call_method") or name_of(node) not in ADDS:
-        return False
-    if node.op == "call_function" and getattr(node.target, "__module__", "") not in ("_operator", "torch", None):
-        return False
-    if not is_tensor(node):
-        return False
-    a, b, _ = operands(node)
-    return is_tensor(a) and is_tensor(b) and a is not b
-
-
-def operands(add: fx.Node) -> tuple[Any, Any, Any]:
-    """Return the two operands of an add, and the factor of the second one."""
-    args = [*add.args, *(add.kwargs[key] for key in ("input", "other") if key in add.kwargs)]
-    first, second = (*args, None, None)[:2]
-    return first, second, add.kwargs.get("alpha", 1)
-
-
-def module_of(node: fx.Node) -> str:
-    """Return the path of the module whose code made ``node``."""
-    if "hc_module" in node.meta:
-        return node.meta["hc_module"]
-    stack = node.meta.get("nn_module_stack")
-    return list(stack.values())[-1][0] if stack else ""
-
-
-def location_of(node: fx.Node) -> str:
-    """Return "file:line" of the user's code that made ``node``."""
-    return node.meta.get("hc_location", "unknown location")
-
-
 def _skip(add: fx.Node, reason: Reason, detail: str = "") -> Skipped:
     module = module_of(add)
     return Skipped(module or add.name, module, location_of(add), reason, detail)
@@ -356,38 +231,3 @@ def _skip(add: fx.Node, reason: Reason, detail: str = "") -> Skipped:
 def _shape_text(node: fx.Node) -> str:
     shape = shape_of(node)
     return "unknown" if shape is None else str(tuple(shape))
-
-
-def _named(residuals: list[Residual], modules: dict[str, nn.Module]) -> list[Residual]:
-    """Name residuals by module paths: the adding module, and the branch's where a module adds more than once."""
-    per_module = Counter(r.module for r in residuals)
-    taken: Counter[str] = Counter()
-    named = []
-    for residual in residuals:
-        name = residual.module
-        if not name or per_module[residual.module] > 1:
-            name = _branch_path(residual, modules) or name or residual.add.name
-        taken[name] += 1
-        named.append(replace(residual, name=name if taken[name] == 1 else f"{name}:{taken[name]}"))
-    return named
-
-
-def _branch_path(residual: Residual, modules: dict[str, nn.Module]) -> str:
-    """Return the path of the branch's largest module, one level below the module that adds."""
-    prefix = residual.module + "." if residual.module else ""
-    best, size = "", -1
-    for node in residual.region:
-        path = str(node.target) if node.op == "call_module" else module_of(node)
-        if not path.startswith(prefix) or path == residual.module:
-            continue
-        atoms = path[len(prefix) :].split(".")
-        depth = 1
-        while depth < len(atoms) and isinstance(
-            modules.get(prefix + ".".join(atoms[:depth])), (nn.ModuleList, nn.ModuleDict)
-        ):
-            depth += 1
-        path = prefix + ".".join(atoms[:depth])
-        numel = sum(p.numel() for p in modules[path].parameters()) if path in modules else 0
-        if (numel, path) > (size, best):
-            best, size = path, numel
-    return best

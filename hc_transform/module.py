@@ -13,16 +13,18 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+from .additions import CONNECTIONS_NAME
 from .errors import DecisionChanged, TraceError
 from .flat import flatten_graph, unflatten_graph
 from .guards import CHECKS
 from .hints import Hints
 from .options import Options
 from .pipeline import Analysis, analyse
+from .reads import is_shape_read
 from .report import Report
-from .rewrite import CONNECTIONS_NAME, rewritten_graph
+from .rewrite import rewritten_graph
 from .structure import keep_plain_tensors, state_restored, undone_on
-from .trace import bind_inputs, is_shape_read
+from .trace import bind_inputs
 
 log = logging.getLogger("hc_transform")
 

@@ -53,12 +53,17 @@ class _RecordCalls(TorchFunctionMode):
 @contextlib.contextmanager
 def patched(tracer: ValueTracer) -> Iterator[None]:
     """Let ``isinstance``, ``module.training`` and autograd functions see through proxies."""
-    plain_isinstance, plain_apply = builtins.isinstance, torch.autograd.Function.__dict__["apply"]
+    plain_isinstance, plain_callable = builtins.isinstance, builtins.callable
+    plain_apply = torch.autograd.Function.__dict__["apply"]
 
     def value_isinstance(obj: Any, kinds: Any) -> bool:
         if type(obj) is ValueProxy and not plain_isinstance(obj, kinds):
             return obj.hc_value is not UNKNOWN and plain_isinstance(obj.hc_value, kinds) and kinds is not nn.Parameter
         return plain_isinstance(obj, kinds)
+
+    def value_callable(obj: Any) -> bool:  # a proxy's class has __call__, whatever it stands for
+        known = type(obj) is ValueProxy and obj.hc_value is not UNKNOWN
+        return plain_callable(obj.hc_value if known else obj)
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         function = plain_apply.__get__(None, cls)
@@ -97,7 +102,14 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     plain_checkpoints = {name: getattr(torch.utils.checkpoint, name) for name in generators}
     plain_enter = torch.autocast.__enter__
     plain_factories = {name: getattr(torch, name) for name in FACTORIES}
+    plain_limits = {name: getattr(torch, name) for name in ("finfo", "iinfo")}
     plain_script = torch._C.ScriptFunction.__call__
+
+    def limits_of(limits: Any, dtype: Any = None) -> Any:
+        if type(dtype) is ValueProxy and isinstance(dtype.hc_value, torch.dtype):
+            hash(dtype)  # which records what it is
+            dtype = dtype.hc_value
+        return limits() if dtype is None else limits(dtype)
 
     def enter(region: torch.autocast) -> Any:
         if (
@@ -113,11 +125,14 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     torch.autocast.__enter__ = enter  # type: ignore[method-assign]
     torch._C.ScriptFunction.__call__ = call_script  # type: ignore[assignment,method-assign]
     builtins.isinstance = value_isinstance  # type: ignore[assignment]
+    builtins.callable = value_callable  # type: ignore[assignment]
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
     for name, plain in plain_checkpoints.items():
         setattr(torch.utils.checkpoint, name, functools.partial(around_function, plain))
     for name, plain in plain_factories.items():
         setattr(torch, name, functools.partial(make, plain))
+    for name, limits in plain_limits.items():
+        setattr(torch, name, functools.partial(limits_of, limits))
     nn.Module.training = training  # type: ignore[assignment]
     try:
         with _RecordCalls(tracer):
@@ -126,9 +141,12 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         torch.autocast.__enter__ = plain_enter  # type: ignore[method-assign]
         torch._C.ScriptFunction.__call__ = plain_script  # type: ignore[method-assign]
         builtins.isinstance = plain_isinstance
+        builtins.callable = plain_callable
         torch.autograd.Function.apply = plain_apply  # type: ignore[method-assign]
         for name, plain in plain_checkpoints.items():
             setattr(torch.utils.checkpoint, name, plain)
         for name, plain in plain_factories.items():
             setattr(torch, name, plain)
+        for name, limits in plain_limits.items():
+            setattr(torch, name, limits)
         del nn.Module.training

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .find import Findings, find_residuals
+from .find import find_residuals
+from .findings import Findings
 from .hints import Hints
 from .options import Options
 from .planner import Plan, make_plan

@@ -11,10 +11,20 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from .errors import PatternError, UnsupportedModel
-from .find import Findings, Reason, Residual, Skipped
+from .findings import Findings, Reason, Residual, Skipped
 from .kinds import LINEAR_POINTWISES, Kind, Kinds, name_of, shape_of
 from .options import Options
-from .trunks import Passage, Trunk, as_skipped, carried_by, group, split, with_reads_of_their_own, without_nested
+from .trunks import (
+    Passage,
+    Trunk,
+    as_skipped,
+    boundary_before,
+    carried_by,
+    group,
+    split,
+    with_reads_of_their_own,
+    without_nested,
+)
 
 if TYPE_CHECKING:
     from .report import Report
@@ -69,7 +79,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     groups = [members for members in groups if members not in short]
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     groups.sort(key=lambda members: order[members[0].add])
-    trunks = tuple(Trunk(i, tuple(members), carried_by(members, passage)) for i, members in enumerate(groups))
+    trunks = tuple(_trunk(i, members, groups[:i], passage) for i, members in enumerate(groups))
     if options.plain:
         skipped += [as_skipped(r, Reason.PLAIN) for t in trunks for r in t.residuals]
         trunks = ()
@@ -79,6 +89,11 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     passed = {s.verdict: replace(s.verdict, reason=Reason.CARRIED) for s in findings.shortcuts if s.add in carried}
     verdicts = [passed.get(verdict, verdict) for verdict in findings.skipped]
     return Plan(graph_module, trunks, (*verdicts, *skipped), options)
+
+
+def _trunk(index: int, members: list[Residual], earlier: list[list[Residual]], passage: Passage) -> Trunk:
+    boundary = boundary_before(members[0].skip, passage, {r.add for others in earlier for r in others})
+    return Trunk(index, tuple(members), carried_by(members, passage), boundary=boundary)
 
 
 def _selected(residuals: Sequence[Residual], options: Options) -> tuple[list[Residual], list[Skipped]]:
@@ -120,6 +135,12 @@ def _refuse_nonlinear(trunks: Sequence[Trunk], kinds: Kinds) -> None:
             )
 
 
+LAYER_AXES = {
+    **dict.fromkeys("conv1d conv2d conv3d batch_norm group_norm instance_norm".split(), 1),
+    **dict.fromkeys("linear layer_norm rms_norm".split(), -1),
+}
+
+
 def feature_axis(residual: Residual, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
     """Return the feature axis of a residual's value, -1 or 1, and its size (None if unknown).
 
@@ -129,7 +150,13 @@ def feature_axis(residual: Residual, graph: fx.Graph, modules: Mapping[str, nn.M
     """
     shape = shape_of(residual.skip)
     for node in graph.nodes:
-        if node.op != "call_module" or node not in residual.region:
+        if node not in residual.region:
+            continue
+        if shape is not None and node.op == "call_function" and name_of(node) in LAYER_AXES:
+            axis = LAYER_AXES[name_of(node)]
+            if len(shape) > 1 and shape_of(node.all_input_nodes[0]) == shape:
+                return axis, shape[axis]
+        if node.op != "call_module":
             continue
         for module in modules[str(node.target)].modules():
             axis, size = _layer_axis(module)
@@ -151,7 +178,7 @@ def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
         return 1, module.in_channels
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
         return 1, module.num_features
-    if type(module) is nn.GroupNorm:
+    if isinstance(module, nn.GroupNorm):
         return 1, module.num_channels
     if type(module) is nn.Linear:
         return -1, module.in_features

@@ -8,9 +8,11 @@ from typing import Any
 
 from torch import nn
 
+from .candidates import may_add
 from .errors import HCTransformError
-from .find import Reason, Skipped, find_residuals
-from .trace import Trace, bind_inputs, may_add, trace
+from .find import find_residuals
+from .findings import Reason, Skipped
+from .trace import Trace, bind_inputs, trace
 
 log = logging.getLogger("hc_transform")
 
@@ -48,7 +50,6 @@ def _may_add(module: nn.Module) -> bool:
 
 
 def _source_of(cls: type) -> str:
-    try:
-        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
-    except (OSError, TypeError):
-        return "unknown location"
+    """Return where the class's forward stands."""
+    code = getattr(inspect.unwrap(getattr(cls, "forward", cls)), "__code__", None)
+    return "unknown location" if code is None else f"{code.co_filename}:{code.co_firstlineno}"

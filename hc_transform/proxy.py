@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,18 @@ class ScriptedFunction:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScriptedFunction:
         return self  # it has no state, and cannot be copied
+
+
+class FreshObject:
+    """Makes a new copy of an object on every call, under a name that generated code can use."""
+
+    def __init__(self, template: Any) -> None:
+        self.template = template
+        self.__name__ = self.__qualname__ = f"new_{type(template).__name__}"
+
+    def __call__(self) -> Any:
+        """Return a copy."""
+        return copy.deepcopy(self.template)
 
 
 class ValueProxy(fx.Proxy):
@@ -143,29 +156,27 @@ class ValueProxy(fx.Proxy):
             return iter(self._keys())
         return iter([self[i] for i in range(len(self))])
 
+    # Properties, so that a field of any of these names is found on other values.
+
+    @property
     def keys(self) -> Any:
-        """Return the keys of a mapping, for ``**proxy``; any other value's own method."""
-        if isinstance(self.hc_value, dict):
-            return self._keys()
-        return self.__getattr__("keys")()
+        """Return what gives the keys of a mapping, for ``**proxy``; any other value's own attribute."""
+        return self._keys if isinstance(self.hc_value, dict) else self.__getattr__("keys")
 
+    @property
     def items(self) -> Any:
-        """Return the items of a mapping; any other value's own method."""
-        if isinstance(self.hc_value, dict):
-            return [(key, self[key]) for key in self._keys()]
-        return self.__getattr__("items")()
+        """Return what gives the items of a mapping; any other value's own attribute."""
+        return self._items if isinstance(self.hc_value, dict) else self.__getattr__("items")
 
+    @property
     def values(self) -> Any:
-        """Return the values of a mapping; any other value's own method."""
-        if isinstance(self.hc_value, dict):
-            return [self[key] for key in self._keys()]
-        return self.__getattr__("values")()
+        """Return what gives the values of a mapping; any other value's own attribute."""
+        return self._values if isinstance(self.hc_value, dict) else self.__getattr__("values")
 
-    def get(self, key: Any, default: Any = None) -> Any:
-        """Return an entry of a mapping; any other value's own method."""
-        if isinstance(self.hc_value, dict):
-            return self[key] if key in self else default
-        return self.__getattr__("get")(key, default)
+    @property
+    def get(self) -> Any:
+        """Return what gives an entry of a mapping; any other value's own attribute."""
+        return self._get if isinstance(self.hc_value, dict) else self.__getattr__("get")
 
     def __contains__(self, item: Any) -> bool:
         contained = self.tracer.create_proxy("call_function", operator.contains, (self, item), {})
@@ -195,6 +206,15 @@ class ValueProxy(fx.Proxy):
         keys = list(self.hc_value)
         self._decided(guards.check_keys, tuple(keys))
         return keys
+
+    def _items(self) -> list[tuple[Any, Any]]:
+        return [(key, self[key]) for key in self._keys()]
+
+    def _values(self) -> list[Any]:
+        return [self[key] for key in self._keys()]
+
+    def _get(self, key: Any, default: Any = None) -> Any:
+        return self[key] if key in self else default
 
     def _exactly(self, convert: Any) -> Any:
         if self.hc_value is UNKNOWN:

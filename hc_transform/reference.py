@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .find import Residual
+from .additions import expand_key, key_of, readout_key
+from .findings import Residual
 from .kinds import Kind, Kinds, is_shape_read
 from .planner import Plan
-from .rewrite import expand_key, key_of, readout_key
 from .streams import FractionCoefficients
 from .trunks import Trunk, readers_of
 
 
 class NamedInputs(fx.Interpreter):
-    """An interpreter that takes its inputs by the names of the parameters, ``*args`` and ``**kwargs`` whole."""
+    """An interpreter that takes inputs by the names of parameters too, ``*args`` and ``**kwargs`` whole."""
 
-    given: Mapping[str, Any]
+    given: Mapping[str, Any] | None = None
 
     def run_on(self, **given: Any) -> Any:
         """Run the graph on inputs by name."""
@@ -31,7 +31,9 @@ class NamedInputs(fx.Interpreter):
         return self.run()
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Return the input of that name, or its default."""
+        """Return the input of that name, or its default; with :meth:`run`, the next input."""
+        if self.given is None:
+            return super().placeholder(target, args, kwargs)
         name = target.lstrip("*")
         if name in self.given:
             return self.given[name]

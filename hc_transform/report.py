@@ -9,6 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
+from .adds import location_of
 from .connections import Connection, connection_name
 from .planner import Plan
 
@@ -125,7 +126,22 @@ def report_of(
             )
     for s in plan.skipped:
         records.append(Record(s.name, s.module, s.location, False, str(s)))
-    return Report(tuple(records), max_error, notes, other_parameters)
+    return Report(tuple(records), max_error, (*_boundaries(plan), *notes), other_parameters)
+
+
+def _boundaries(plan: Plan) -> list[str]:
+    """Return a note for each line of code that ends trunks."""
+    trunks: dict[str, list[int]] = {}
+    for trunk in plan.trunks:
+        if trunk.boundary is not None:
+            location = location_of(trunk.boundary)
+            what = trunk.boundary.name if trunk.boundary.op != "call_module" else str(trunk.boundary.target)
+            trunks.setdefault(f"{re.sub(r'[0-9]+', '*', what)} ({_short(location)})", []).append(trunk.index)
+    return [
+        f"Streams do not pass {where}: they are read out before it and begin anew on trunk"
+        f"{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:8]))}{', ...' if len(numbers) > 8 else ''}."
+        for where, numbers in trunks.items()
+    ]
 
 
 def _merged(records: tuple[Record, ...]) -> list[tuple[str, str, int, str]]:

@@ -5,29 +5,33 @@ from __future__ import annotations
 import copy
 import logging
 import operator
-import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import fx, nn
+from torch import fx
 
 from . import carrier
 from . import streams as ops
+from .additions import (
+    CONNECTIONS_NAME,
+    DROPOUT_KEY,
+    connection_dict,
+    expand_key,
+    features_of,
+    key_of,
+    make_connections,
+    readout_key,
+)
 from .carrying import carried_call
 from .connections import Connection
-from .ends import LearnedReadout, StreamDropout, StreamEmbedding
 from .errors import UnsupportedModel
-from .find import Residual
+from .findings import Residual
 from .guards import CHECKS
 from .kinds import Kinds, is_shape_read, shape_of
-from .planner import Plan, feature_axis
+from .planner import Plan
 from .trunks import Trunk, readers_of
 
 log = logging.getLogger("hc_transform")
-
-CONNECTIONS_NAME = "hyper_connections"
-DROPOUT_KEY = "stream_dropout"
 
 
 def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connection] | None = None) -> fx.GraphModule:
@@ -49,93 +53,6 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connect
     result.__dict__["_modules"] = root._modules
     result.graph.lint()
     return result
-
-
-def key_of(name: str) -> str:
-    """Return a residual's name as a Python identifier: "blocks.0.attn" becomes "blocks_0_attn"."""
-    key = re.sub(r"\W", "_", name)
-    return key if key.isidentifier() else f"_{key}"
-
-
-def expand_key(trunk: Trunk) -> str:
-    """Return the key of a trunk's stream embedding, after its first residual."""
-    return f"{key_of(trunk.residuals[0].name)}_expand"
-
-
-def readout_key(trunk: Trunk) -> str:
-    """Return the key of a trunk's learnt readout, after its first residual."""
-    return f"{key_of(trunk.residuals[0].name)}_readout"
-
-
-def connection_dict(connections: Mapping[str, Connection], plan: Plan) -> nn.ModuleDict:
-    """Return all new modules of a plan as one: the connections, keyed by :func:`key_of` of the
-    residual names, and what its options ask for besides (readouts, embeddings, dropout).
-    """
-    return nn.ModuleDict({**{key_of(name): connection for name, connection in connections.items()}, **_make_ends(plan)})
-
-
-def make_connections(plan: Plan) -> dict[str, Connection]:
-    """Return a new connection for each residual of ``plan``, on its parameters' device.
-
-    Raises:
-        UnsupportedModel: the connection needs the feature size and it is not known.
-    """
-    modules = dict(plan.graph_module.named_modules(remove_duplicate=False))
-    made: dict[str, Connection] = {}
-    for trunk in plan.trunks:
-        for index, residual in enumerate(trunk.residuals):
-            axis, dim = _features(residual, plan, modules)
-            try:
-                connection = plan.options.make_connection(index=index, dim=dim, feature_axis=axis)
-            except ValueError as error:
-                hint = "; give example inputs with args=, which show the size" if dim is None else ""
-                raise UnsupportedModel(f"{residual.name} ({residual.location}): {error}{hint}") from error
-            made[residual.name] = _like(connection, residual, modules)
-    return made
-
-
-def _make_ends(plan: Plan) -> dict[str, nn.Module]:
-    """Return the modules of trunks, as opposed to those of residuals."""
-    modules = dict(plan.graph_module.named_modules(remove_duplicate=False))
-    options = plan.options
-    made: dict[str, nn.Module] = {}
-    for trunk in plan.trunks:
-        for wanted, key, module, residual in (
-            (options.stream_embedding, expand_key(trunk), StreamEmbedding, trunk.residuals[0]),
-            (options.readout == "learned", readout_key(trunk), LearnedReadout, trunk.residuals[-1]),
-        ):
-            if wanted:
-                axis, dim = _features(residual, plan, modules)
-                if dim is None:
-                    raise UnsupportedModel(
-                        f"{module.__name__} needs the feature size of {residual.name} ({residual.location}), which is "
-                        "not known: give example inputs with args="
-                    )
-                made[key] = _like(module(options.num_streams, dim, axis), residual, modules)
-    if options.stream_dropout and plan.trunks:
-        made[DROPOUT_KEY] = StreamDropout(options.stream_dropout)
-    return made
-
-
-def _features(residual: Residual, plan: Plan, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
-    """Return the feature axis of a residual's value and its size, None if that is not known."""
-    if plan.options.feature_axis is None:
-        return feature_axis(residual, plan.graph_module.graph, modules)
-    shape = shape_of(residual.skip)
-    return plan.options.feature_axis, None if shape is None else shape[plan.options.feature_axis]
-
-
-def _like(made: Any, residual: Residual, modules: Mapping[str, nn.Module]) -> Any:
-    """Move a new module to the device of the residual's branch, in its dtype but at least fp32."""
-    like = _parameter_near(residual, modules)
-    return made.to(like.device, torch.promote_types(torch.float32, like.dtype))
-
-
-def _parameter_near(residual: Residual, modules: Mapping[str, nn.Module]) -> torch.Tensor:
-    """Return a floating-point parameter of the branch, for its device and dtype."""
-    branch = [modules[str(node.target)] for node in residual.region if node.op == "call_module"]
-    parameters = (p for module in (*branch, modules[""]) for p in module.parameters() if p.is_floating_point())
-    return next(parameters, torch.empty(0))
 
 
 def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
@@ -317,7 +234,7 @@ class _TrunkRewriter:
             return self._new(ops.readout, (streams,), name, value)
         if self.options.readout == "sum":
             return self._new(ops.readout, (streams, "sum"), name, value)
-        axis, dim = _features(self.trunk.residuals[-1], self.plan, self.kinds.modules)
+        axis, dim = features_of(self.trunk.residuals[-1], self.plan, self.kinds.modules)
         shape, last = shape_of(value), shape_of(self.trunk.residuals[-1].add)
         if shape is not None and last is not None and (len(shape) != len(last) or shape[axis] != dim):
             raise UnsupportedModel(

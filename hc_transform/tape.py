@@ -21,11 +21,11 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
+from .candidates import INLINED_FROM_TORCH, may_add
 from .frames import user_frame
 from .kinds import Kind, Kinds
 from .proxy import AppliedFunction, set_item
 from .structure import copy_inputs, keep_plain_tensors, state_restored
-from .trace import INLINED_FROM_TORCH, may_add
 from .tracer import SHAPE_ATTRIBUTES
 
 CONSTANT = "_tape_constant"

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dis
-import functools
 import inspect
 import logging
-import operator
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -18,20 +14,18 @@ from torch import fx, nn
 
 from .aliases import written_through
 from .assignments import record_assignments, show_plain_tensors
+from .candidates import candidates, with_parents
 from .errors import TraceError, UnsupportedModel
 from .frames import INTERNAL_FILES
-from .guards import CHECKS
+from .guards import CHECKS, check_equal
 from .hints import Hints
 from .loosen import loosen
 from .proxy import UNKNOWN, CannotInline
+from .reads import is_shape_read
 from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors, state_restored
-from .tracer import SHAPE_ATTRIBUTES, SHAPE_METHODS, ValueTracer
+from .tracer import ValueTracer
 
 log = logging.getLogger("hc_transform")
-
-ADD_NAMES = frozenset({"add", "add_", "sum", "__add__", "iadd", "__iadd__", "addcmul", "lerp"})
-ADD_OPERATORS = frozenset({"+", "+="})
-INLINED_FROM_TORCH = ("torch.nn.modules.container", "torch.nn.modules.transformer")
 
 
 @dataclass(frozen=True)
@@ -79,6 +73,7 @@ def trace(
     hints: Hints | None = None,
     probing: bool = False,
     loose: bool = False,
+    observed: frozenset[str] = frozenset(),
 ) -> Trace:
     """Trace ``model``, leaving as leaves those modules whose code cannot be traced.
 
@@ -89,6 +84,7 @@ def trace(
         hints: what to wrap, to leave whole and to look into.
         probing: trace also what a graph cannot hold, to see what is there. The graph is not to be run.
         loose: inputs that the code only passes on are not checked; see :mod:`hc_transform.loosen`.
+        observed: modules to trace into although they have forward hooks, which the graph calls.
 
     Raises:
         PatternError: a hint names no module.
@@ -97,10 +93,10 @@ def trace(
     hints = hints or Hints()
     wanted = inline
     if wanted is None:
-        wanted = candidates(model).union(*(_with_parents(p) for p in hints.chosen("inline_modules", model)))
+        wanted = candidates(model).union(*(with_parents(p) for p in hints.chosen("inline_modules", model)))
     opaque = dict.fromkeys(hints.chosen("leaf_modules", model), "leaf_modules names it")
     for path, module in model.named_modules():
-        if path and path in wanted and not probing and (reason := _must_stay_leaf(module)):
+        if path and path in wanted and not probing and (reason := _must_stay_leaf(module, path in observed)):
             opaque[path] = reason
     while True:
         leaves = tuple(opaque)
@@ -111,7 +107,7 @@ def trace(
         try:
             with state_restored(model), torch.enable_grad():  # so that a no_grad region shows in any mode
                 given = values if inputs is not None else _defaults(model)
-                tracer = ValueTracer(inlined, given, hints.wrap_functions, probing=probing)
+                tracer = ValueTracer(inlined, given, hints.wrap_functions, probing=probing, observed=observed)
                 tracer.calls.update(dict.fromkeys(opaque))
                 graph = tracer.trace(work)
                 if loose:
@@ -130,6 +126,7 @@ def trace(
                 opaque.update({p: reason for p, m in model.named_modules() if type(m) is failed and p in inlined})
     _remove_unused_reads(graph)
     _hoist_decisions(graph)
+    _check_placement(graph, work)
     _attach_constants(work)
     graph_module = fx.GraphModule(work, graph, type(model).__name__)
     for name in ("_parameters", "_buffers", "_modules"):  # whole, not only what the graph refers to
@@ -149,7 +146,14 @@ def _loosened(
     def again(inputs: Mapping[str, Any], loose: frozenset[str]) -> fx.Graph:
         copied = clone_structure(model)
         show_plain_tensors(copied, tracer.inline)
-        another = ValueTracer(tracer.inline, inputs, hints.wrap_functions, loose=loose, script=list(tracer.evaluated))
+        another = ValueTracer(
+            tracer.inline,
+            inputs,
+            hints.wrap_functions,
+            loose=loose,
+            observed=tracer.observed,
+            script=list(tracer.evaluated),
+        )
         made = another.trace(copied)
         works[id(made)] = copied
         return made
@@ -163,86 +167,8 @@ def _loosened(
     return graph, works[id(graph)]
 
 
-def candidates(model: nn.Module) -> frozenset[str]:
-    """Return the paths of the modules whose own code adds, and of those that hold one ("" is the root)."""
-    found = {""}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if path and may_add(module):
-            found |= _with_parents(path)
-    return frozenset(found)
-
-
-def _with_parents(path: str) -> set[str]:
-    atoms = path.split(".")
-    return {".".join(atoms[: i + 1]) for i in range(len(atoms))}
-
-
-def may_add(module: nn.Module) -> bool:
-    """Whether the module's own code may hold an add."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return False
-    own = module.__dict__.get("forward")
-    if own is not None and _adds(getattr(own, "__func__", own)):
-        return True
-    cls: Any = type(module)
-    return _class_adds(cls)
-
-
-@functools.cache
-def _class_adds(cls: type) -> bool:
-    module = cls.__module__ or ""
-    if module.startswith(("torch.nn.", "torch.ao.")) and not module.startswith(INLINED_FROM_TORCH):
-        return False
-    for base in cls.__mro__:
-        if base is nn.Module or base is object:
-            continue
-        if base.__module__.startswith("torch.nn.modules") and not base.__module__.startswith(INLINED_FROM_TORCH):
-            continue
-        for name, member in vars(base).items():
-            if name not in ("__init__", "extra_repr", "__repr__") and _adds(inspect.unwrap(_function_of(member))):
-                return True
-    return False
-
-
-def _function_of(member: Any) -> Any:
-    if isinstance(member, (staticmethod, classmethod)):
-        return member.__func__
-    return member.fget if isinstance(member, property) else member
-
-
-def _adds(function: Any, depth: int = 2) -> bool:
-    """Whether a function's bytecode, or that of a plain function it calls, holds an addition."""
-    if isinstance(function, functools.partial):
-        function = function.func
-    if not isinstance(function, FunctionType):
-        return False
-    for code in _code_objects(function.__code__):
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("BINARY_ADD", "INPLACE_ADD"):
-                return True
-            if instruction.opname == "BINARY_OP" and instruction.argrepr in ADD_OPERATORS:
-                return True
-        if ADD_NAMES.intersection(code.co_names):
-            return True
-        if depth:
-            called = (function.__globals__.get(name) for name in code.co_names)
-            if any(
-                isinstance(f, FunctionType) and not f.__module__.startswith("torch.") and _adds(f, depth - 1)
-                for f in called
-            ):
-                return True
-    return False
-
-
-def _code_objects(code: CodeType) -> Iterator[CodeType]:
-    yield code
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _code_objects(constant)
-
-
-def _must_stay_leaf(module: nn.Module) -> str | None:
-    if has_hooks(module):
+def _must_stay_leaf(module: nn.Module, observed: bool) -> str | None:
+    if has_hooks(module, forward=not observed):
         return "it has hooks, which a graph of its code would not call"
     if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
         return "it is compiled already; convert first, compile afterwards"
@@ -263,7 +189,9 @@ def _root_error(model: nn.Module, failure: CannotInline, has_values: bool) -> Ex
     name = type(model).__name__
     reason = _describe(failure.cause)
     if isinstance(failure.cause, str):
-        return UnsupportedModel(f"{name}.forward cannot be held in one graph: {reason}.")
+        return UnsupportedModel(
+            f"{name}.forward cannot be held in one graph: {reason}. Convert the submodules that add by themselves."
+        )
     hint = "" if has_values else " Give example inputs with args=, so that decisions on values can be followed."
     return TraceError(
         f"{name}.forward could not be traced: {reason}.{hint} "
@@ -290,29 +218,29 @@ def _attach_constants(work: nn.Module) -> None:
             work.register_buffer(name, value, persistent=False)
 
 
-def is_shape_read(node: fx.Node) -> bool:
-    """Whether ``node`` reads only shape, dtype or device of its tensors, or computes with such."""
-    if node.op == "call_method":
-        return node.target in SHAPE_METHODS
-    if node.op != "call_function":
-        return False
-    if node.target is getattr:
-        return node.args[1] in SHAPE_ATTRIBUTES
-    module = getattr(node.target, "__module__", None)
-    return module in (operator.add.__module__, "math") and _all_inputs_plain(node)
-
-
-def _all_inputs_plain(node: fx.Node) -> bool:
-    return all(
-        issubclass(n.meta.get("hc_type", torch.Tensor), (bool, int, float, str, torch.Size, torch.dtype, torch.device))
-        for n in node.all_input_nodes
-    )
-
-
 def _remove_unused_reads(graph: fx.Graph) -> None:
     for node in reversed(graph.nodes):
         if not node.users and (is_shape_read(node) or node.op == "get_attr" or node.target is written_through):
             graph.erase_node(node)
+
+
+def _check_placement(graph: fx.Graph, work: nn.Module) -> None:
+    """Check dtype and device of the parameters where the code may have read them: the trace holds them as constants."""
+    name, like = next(((n, p) for n, p in work.named_parameters() if p.is_floating_point()), ("", None))
+    if like is None:
+        return
+    constants: set[Any] = set()
+    for node in graph.nodes:
+        if node.target not in CHECKS:
+            fx.node.map_aggregate((node.args, node.kwargs), constants.add)  # type: ignore[arg-type, func-returns-value]
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for attribute in ("dtype", "device"):
+        value = getattr(like, attribute)
+        if value in constants:
+            with graph.inserting_before(first):
+                read = graph.call_function(getattr, (graph.create_node("get_attr", name, (), {}), attribute))
+                read.meta["hc_type"] = type(value)
+                graph.call_function(check_equal, (read, value, f"the {attribute} of the parameters"))
 
 
 def _hoist_decisions(graph: fx.Graph) -> None:

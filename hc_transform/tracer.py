@@ -27,13 +27,12 @@ from torch.utils import _pytree as pytree
 from . import guards
 from .aliases import Aliases, version_of, written_through
 from .frames import short_name, user_frame
-from .inputs import is_constant, is_entry_of_input, place_inputs
+from .hooks import call_hooks
+from .inputs import is_entry_of_input, place_inputs
 from .patches import patched
-from .proxy import UNKNOWN, CannotInline, ValueProxy
-
-SHAPE_METHODS = frozenset("size dim ndimension numel nelement stride is_floating_point is_complex get_device".split())
-SHAPE_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda is_sparse is_nested layout itemsize".split())
-VALUE_READS = frozenset("item tolist equal allclose is_nonzero numpy __contains__ contains".split())
+from .proxy import UNKNOWN, CannotInline, FreshObject, ValueProxy
+from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
+from .structure import copy_inputs
 
 
 class ValueTracer(fx.Tracer):
@@ -46,6 +45,7 @@ class ValueTracer(fx.Tracer):
         wrap_functions: functions to record as one call.
         probing: go on where a graph could not hold what the code does.
         loose: inputs that become proxies without a check though they are constants.
+        observed: modules that are traced into and have forward hooks, which the graph calls.
         script: what an earlier trace evaluated; its values are taken again, in order.
 
     Attributes:
@@ -63,6 +63,7 @@ class ValueTracer(fx.Tracer):
         *,
         probing: bool = False,
         loose: frozenset[str] = frozenset(),
+        observed: frozenset[str] = frozenset(),
         script: list[tuple[Any, ...]] | None = None,
     ) -> None:
         super().__init__(
@@ -73,6 +74,7 @@ class ValueTracer(fx.Tracer):
         self.inputs = inputs
         self.probing = probing
         self.loose = loose
+        self.observed = observed
         self.evaluated: list[tuple[Any, ...]] = []
         self._script = None if script is None else iter(script)
         self.calls: dict[str, tuple[Any, Any] | None] = {}
@@ -82,6 +84,7 @@ class ValueTracer(fx.Tracer):
         self._known: dict[Any, ValueProxy] = {}
         self._decided: set[Any] = set()
         self._aliases = Aliases()
+        self._objects: dict[int, tuple[Any, fx.Node]] = {}
         self._context = _context_state()
 
     # -- entry
@@ -128,7 +131,8 @@ class ValueTracer(fx.Tracer):
                 self._paths[-1], "it changes the grad mode or autocast state, which a graph does not hold"
             )
         about_shape = (kind == "call_method" and target in SHAPE_METHODS) or (
-            kind == "call_function" and (target is getattr and args[1] in SHAPE_ATTRIBUTES or _of_sizes(target, args))
+            kind == "call_function"
+            and (target is getattr and args[1] in SHAPE_ATTRIBUTES or is_arithmetic_on_sizes(target, args))
         )
         node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
         key = (kind, target, node_args, tuple(node_kwargs.items())) if about_shape else None
@@ -141,7 +145,7 @@ class ValueTracer(fx.Tracer):
                 self._record(guards.check_equal, node, None)
             return None
         proxy = self._proxy_of(node, value)
-        if not isinstance(value, torch.Tensor) and _reads_values(node):
+        if not isinstance(value, torch.Tensor) and reads_values(node):
             node.meta["hc_on_values"] = True
         if isinstance(value, torch.Tensor) and is_entry_of_input(node):
             name = (
@@ -208,7 +212,24 @@ class ValueTracer(fx.Tracer):
             return self.create_node("call_function", type(a), (items,), {})
         if isinstance(a, fx.node.base_types) and not isinstance(a, torch.Tensor):
             return a
-        return super().create_arg(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            return self._object(a)
+
+    def _object(self, a: Any) -> fx.Node:
+        """Return a node for an object that traced code made: a new one, as it is now, on every call."""
+        if id(a) not in self._objects:
+            if any(isinstance(leaf, fx.Proxy) for leaf in vars(a).values()) or self._is_of_a_module(a):
+                raise NotImplementedError(f"argument of type: {type(a)}")
+            node = self.create_node("call_function", FreshObject(copy_inputs(a)), (), {})
+            node.meta["hc_type"] = type(a)
+            self._objects[id(a)] = (a, node)  # kept alive, so that its id stays its own
+        return self._objects[id(a)][1]
+
+    def _is_of_a_module(self, a: Any) -> bool:
+        """Whether an object is no value of this call but a method, a function, or something that a module holds."""
+        return not hasattr(a, "__dict__") or any(a is v for m in self.root.modules() for v in m.__dict__.values())
 
     def _proxy_of(self, node: fx.Node, value: Any) -> ValueProxy:
         if isinstance(value, torch.Tensor):
@@ -298,7 +319,12 @@ class ValueTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         self._paths.append(path)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            output = super().call_module(m, forward, args, kwargs)
+            if path in self.observed:
+                given = (self.create_arg(args), self.create_arg(kwargs), self.create_arg(output))
+                module = self.create_node("get_attr", path, (), {})
+                self.create_node("call_function", call_hooks, (module, *given), {})
+            return output
         except CannotInline:
             raise
         except Exception as error:
@@ -338,26 +364,6 @@ def _context_state() -> tuple[Any, ...]:
         torch.get_autocast_dtype("cpu"),
         torch.get_autocast_dtype("cuda"),
     )
-
-
-def _of_sizes(target: Any, args: Any) -> bool:
-    """Whether an operation is arithmetic on sizes: no argument is a tensor."""
-    if getattr(target, "__module__", None) not in (operator.add.__module__, math.__name__):
-        return False
-    leaves = pytree.tree_leaves(args)
-    return any(type(a) is ValueProxy for a in leaves) and all(
-        isinstance(a.hc_value, (bool, int, float, torch.Size)) if type(a) is ValueProxy else is_constant(a)
-        for a in leaves
-    )
-
-
-def _reads_values(node: fx.Node) -> bool:
-    """Whether a number, or a list of them, depends on the values of tensors."""
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    sources = node.all_input_nodes
-    if name in VALUE_READS and any(issubclass(n.meta.get("hc_type", object), torch.Tensor) for n in sources):
-        return True
-    return any("hc_on_values" in n.meta for n in sources)
 
 
 def _hashable(key: Any) -> bool:

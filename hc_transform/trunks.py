@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .find import Reason, Residual, Shortcut, Skipped
+from .findings import Reason, Residual, Shortcut, Skipped
 from .kinds import Kind, Kinds, is_tensor, name_of
 
 CARRIED_RANDOMS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout stochastic_depth drop_path".split())
@@ -24,6 +24,7 @@ class Trunk:
         entry: the input of the graph that the trunk begins with, where it may come as streams.
         exits: the outputs of the graph that go on as streams.
         steps: how many graphs the streams have gone through after this one.
+        boundary: the operation that streams of an earlier trunk do not pass, which this one begins behind.
     """
 
     index: int
@@ -32,6 +33,7 @@ class Trunk:
     entry: fx.Node | None = None
     exits: tuple[fx.Node, ...] = ()
     steps: int = 1
+    boundary: fx.Node | None = None
 
 
 class Passage:
@@ -111,6 +113,25 @@ def carried_by(members: Sequence[Residual], passage: Passage) -> dict[fx.Node, f
         way = passage.way_back(residual.skip, by_add)
         carried.update(zip(way, way[1:], strict=False))
     return carried
+
+
+def boundary_before(value: fx.Node, passage: Passage, adds: Iterable[fx.Node]) -> fx.Node | None:
+    """Return the operation next to ``value`` that streams do not pass, if an earlier add of ``adds`` leads to it."""
+    seen: set[fx.Node] = set()
+    way = [value]
+    first = None
+    while way:
+        node = way.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in adds:
+            return first
+        operands = passage.operands(node)
+        if first is None and not operands:
+            first = node
+        way += [n for n in (operands or node.all_input_nodes) if is_tensor(n)]
+    return None
 
 
 def split(groups: list[list[Residual]], passage: Passage) -> list[list[Residual]]:

@@ -267,6 +267,7 @@ def test_projection_shortcuts(kind):
     make, count = SHORTCUTS[kind]
     broken = check(make(), (images(),), count, trunks=3 if count == 4 else 2, others=[(images(3),)])
     assert len(reasons(broken, "projection shortcut: both")) == (2 if count == 4 else 1)
+    assert "Streams do not pass" in str(broken.hc_report) and "begin anew on trunk" in str(broken.hc_report)
     carried = check(make(), (images(),), count, trunks=1, others=[(images(3),)], shortcuts="carry")
     assert len(reasons(carried, "projection shortcut, carried")) == (2 if count == 4 else 1)
 
@@ -285,7 +286,8 @@ def test_trunks_shorter_than_min_residuals(shortcuts, count, short):
 
 
 def test_max_pooling_between_residuals_ends_the_trunk():
-    check(MaxPooled(), (images(),), 2, trunks=2, shortcuts="carry")
+    hc = check(MaxPooled(), (images(),), 2, trunks=2, shortcuts="carry")
+    assert "Streams do not pass pool (test_awkward.py" in str(hc.hc_report)
 
 
 # -- grad mode, autocast, checkpoints, custom functions
@@ -373,10 +375,20 @@ ROOTS = {
 
 
 @pytest.mark.parametrize("kind", ROOTS)
-def test_a_region_in_the_root_is_refused(kind):
+def test_a_region_in_the_root_is_refused_as_a_graph(kind):
     make, reason = ROOTS[kind]
-    with pytest.raises(hct.UnsupportedModel, match=reason):
-        hct.convert(make(), (rows().float(),))
+    with pytest.raises(hct.UnsupportedModel, match=f"{reason}.*Convert the submodules that add by themselves"):
+        hct.convert(make(), (rows().float(),), scope="graph")
+
+
+@pytest.mark.parametrize("kind", [kind for kind in ROOTS if kind != "decorator"])
+def test_a_region_in_the_root_stays_around_blocks(kind):
+    model, x = ROOTS[kind][0](), rows().float()
+    hc = hct.convert(model, (x,))
+    assert len(hc.hc_report.converted) == 2
+    for batch in (x, rows(3).float()):
+        ours, theirs = hc(batch), model(batch)
+        assert error(ours, theirs) <= 1e-5 and ours.requires_grad == theirs.requires_grad
 
 
 @pytest.mark.parametrize("outside", [contextlib.nullcontext, torch.no_grad], ids=["with grad", "under no_grad"])
@@ -478,9 +490,9 @@ def test_checkpointing_around_a_block():
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_checkpointing_in_the_root_is_refused(training):
+def test_checkpointing_in_the_root_is_refused_as_a_graph(training):
     with pytest.raises(hct.HCTransformError, match="activation checkpointing"):
-        hct.convert(CheckpointedRoot().train(training), (rows().float(),))
+        hct.convert(CheckpointedRoot().train(training), (rows().float(),), scope="graph")
 
 
 class Tripled(torch.autograd.Function):
@@ -879,6 +891,27 @@ def test_a_state_kept_on_a_module(keep, reason):
             torch.testing.assert_close(ours, theirs)
     with pytest.raises(hct.UnsupportedModel, match=reason):
         hct.convert(Keeping(keep).double(), (rows(),))
+
+
+COMPILED = {
+    "stored on the root": lambda: Keeping(kept),
+    "assigned buffers": lambda: Counting(assigned, True),
+    "augmented buffers": lambda: Counting(in_place_operators, True),
+    "written through a view": lambda: Overwriting(VIEWS["slice"]),
+    "batch norm on the trunk": lambda: nn.Sequential(chain(1), nn.BatchNorm1d(5), chain(1)),
+}
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_what_changes_the_state_compiles(kind):
+    model = COMPILED[kind]()
+    model, hc = twins(model, (rows(),))
+    compiled = torch.compile(hc, fullgraph=True, backend="aot_eager")
+    for x in (rows(), rows()):
+        assert error(compiled(x), model(x)) <= 1e-10
+        check_state(model, hc)
+    if isinstance(model, Keeping):
+        torch.testing.assert_close(hc.kept, model.kept)
 
 
 class CountingActivation(nn.Module):

@@ -65,6 +65,65 @@ def test_wrap_functions_is_named_by_the_error_that_it_solves():
     assert error(hc(-x), model(-x)) <= 1e-5
 
 
+class Choosing(nn.Module):
+    """Its flags decide what is computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.fs = nn.ModuleList(Mixing() for _ in range(2))
+
+    def forward(self, x, act: str = "tanh", steps: int = 1, negate: bool = False, scale: float = 1.0):
+        x = -x if negate else x
+        for _ in range(steps):
+            for f in self.fs:
+                x = x + scale * getattr(torch, act)(f(x))
+        return x
+
+
+FLAGS = {"act": "sin", "steps": 2, "negate": True, "scale": 0.5}
+
+
+@pytest.mark.parametrize("name", [n for n in FLAGS if n != "steps"])
+def test_flags_are_constants_that_are_checked(name):
+    model, x = Choosing().eval(), torch.randn(2, 5, 8)
+    hc = hct.convert(model, (x,), {name: FLAGS[name]})
+    checks = [n for n in hc.graph.nodes if n.target is hct.guards.check_input]
+    assert {n.args[2]: n.args[1] for n in checks}[name] == FLAGS[name]
+    for given in ({name: FLAGS[name]}, {}, {name: FLAGS[name]}):
+        assert error(hc(x, **given), model(x, **given)) <= 1e-5
+    assert len(hc._variants) == 1, "a value is traced once"
+    compiled = torch.compile(hc, fullgraph=True, backend="eager")
+    for given in ({name: FLAGS[name]}, {}):
+        assert error(compiled(x, **given), model(x, **given)) <= 1e-5
+
+
+def test_a_flag_that_changes_the_residuals_is_named():
+    model, x = Choosing(), torch.randn(2, 5, 8)
+    hc = hct.convert(model, (x,), {"steps": 2})
+    assert len(hc.hc_report.converted) == 4
+    with pytest.raises(hct.TraceError, match="input 'steps' was 2 while tracing and is 1 now"):
+        hc(x)
+
+
+def test_leaf_modules_is_named_by_the_error_that_it_solves(monkeypatch):
+    """A module that draws random numbers the tracer does not see is not the same on two runs."""
+    import random
+
+    class Drawing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f = Mixing()
+
+        def forward(self, x):
+            return x + random.random() * self.f(x)
+
+    model, x = nn.Sequential(Drawing(), Chain(lambda x, f, i: x + f, 2)), torch.randn(2, 5, 8)
+    with pytest.raises(hct.NotEquivalent, match=r"keep its module whole with leaf_modules=\[\.\.\.\]"):
+        hct.convert(model, (x,))
+    monkeypatch.setattr(random, "random", iter([0.5] * 99).__next__)
+    assert len(hct.convert(model, (x,), leaf_modules=[Drawing]).hc_report.converted) == 2
+
+
 @pytest.mark.parametrize("option", ["leaf_modules", "inline_modules"])
 def test_hints_that_name_nothing(option):
     with pytest.raises(hct.PatternError, match=rf"{option}: 'transformer.h.9' is no module of GPT. Near paths: transf"):

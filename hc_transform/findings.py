@@ -1,0 +1,100 @@
+"""What is found in a graph: residual adds, and the adds that are none."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+
+class Reason(enum.Enum):
+    """Why an add was not converted."""
+
+    SHAPES_DIFFER = "shapes differ: the branch output is broadcast onto the skip"
+    INDEPENDENT = "operands independent: neither is computed from the other"
+    POINTWISE_BRANCH = "branch is pointwise: an activation or a gate, not a residual"
+    PROJECTION = "projection shortcut: both operands are computed from one value, neither is that value"
+    CARRIED = "projection shortcut, carried: the shortcut is applied to every stream"
+    SHORT = "its trunk has fewer residuals than min_residuals"
+    MERGED = "part of a sum that is converted as one residual"
+    OVERWRITTEN = "the skip is overwritten in place by its own branch"
+    OPAQUE = "inside a module that stayed whole"
+    NESTED = "nested: inside or around the branches of a trunk with more residuals"
+    SHARED_READ = "its branch starts inside the branch of another residual on the same value"
+    EXCLUDED = "excluded"
+    UNUSED = "its value reaches no output"
+    PLAIN = "left plain: num_streams is 1"
+
+
+@dataclass(frozen=True)
+class Residual:
+    """One residual add ``skip + branch``.
+
+    Attributes:
+        name: module path that tells it apart, such as "blocks.0.attn".
+        module: path of the module whose code adds.
+        location: "file.py:123", the full path of the file.
+        add: the (last) add.
+        skip: the value that the branch is computed from.
+        skip_ops: operations between ``skip`` and the add, in order.
+        branch: the branch outputs; there are several in ``x + attn(x) + mlp(x)``.
+        region: all nodes from ``skip`` (without it) to the branch outputs.
+        absorbed: the other adds of the sum.
+        skip_scale, branch_scale: the factor ``alpha`` of ``torch.add``, where it is on that side.
+        branch_first: whether the branch is the add's first operand, which gives the sum its memory format.
+    """
+
+    name: str
+    module: str
+    location: str
+    add: fx.Node
+    skip: fx.Node
+    skip_ops: tuple[fx.Node, ...]
+    branch: tuple[fx.Node, ...]
+    region: frozenset[fx.Node]
+    absorbed: tuple[fx.Node, ...] = ()
+    skip_scale: Any = 1
+    branch_scale: Any = 1
+    branch_first: bool = False
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """One add (or opaque module) that is not converted, and why."""
+
+    name: str
+    module: str
+    location: str
+    reason: Reason
+    detail: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason.value} ({self.detail})" if self.detail else self.reason.value
+
+
+@dataclass(frozen=True)
+class Shortcut:
+    """A projection shortcut ``s(x) + f(x)``, s being a chain of operations that mixes less than f.
+
+    Attributes:
+        add: the add.
+        value: x.
+        way: the operations of s, in order.
+        verdict: the add as it stands among those that are not residuals.
+    """
+
+    add: fx.Node
+    value: fx.Node
+    way: tuple[fx.Node, ...]
+    verdict: Skipped
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All adds of a graph: those that are residuals, and those that are not."""
+
+    residuals: tuple[Residual, ...]
+    skipped: tuple[Skipped, ...]
+    shortcuts: tuple[Shortcut, ...] = ()
