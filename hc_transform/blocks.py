@@ -8,7 +8,7 @@ changes it, the trunk is cut: read out before, expanded after.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -65,24 +65,26 @@ class BlocksPlan:
 
 
 def plan_blocks(
-    plan: Plan, model: nn.Module, *, share_calls: bool = False, refused: Mapping[str, str], apart: str = ""
+    plan: Plan, holders: Mapping[fx.Node, tuple[Call, ...]], *, share_calls: bool = False, apart: str = ""
 ) -> BlocksPlan:
     """Return how the residuals of a tape's plan are spread over blocks.
 
     Args:
         plan: made on a tape.
-        model: the model that was recorded.
+        holders: the module calls around each residual's add (:func:`find_holders`).
         share_calls: one connection for all calls of a module.
-        refused: paths of modules that cannot become blocks, with the reason.
         apart: why no streams go from one block to another; "" if they do.
     """
-    home, homeless = _homes(plan, model, refused)
-    kept = [replace(t, residuals=tuple(r for r in t.residuals if r.add in home)) for t in plan.trunks]
-    kept = [replace(t, residuals=tuple(replace(r, region=inside(r, home[r.add])) for r in t.residuals)) for t in kept]
-    trunks, cuts = _cut([t for t in kept if t.residuals], home, apart)
+    stacks = {r.add: holders[r.add] for r in plan.residuals}
+    needed = {stack[-1].path for stack in stacks.values()}
+    homes = {add: next(c for c in stack if c.path in needed) for add, stack in stacks.items()}  # the outermost
+    whole = [
+        replace(t, residuals=tuple(replace(r, region=inside(r, homes[r.add])) for r in t.residuals))
+        for t in plan.trunks
+    ]
+    trunks, cuts = _cut(whole, homes, apart)
     plan = replace(plan, trunks=tuple(replace(t, index=i) for i, t in enumerate(trunks)))
-    plan = replace(plan, skipped=(*plan.skipped, *homeless))
-    blocks, notes = _blocks(plan, home, share_calls)
+    blocks, notes = _blocks(plan, homes, share_calls)
     return BlocksPlan(plan, blocks, tuple(cuts), tuple(notes))
 
 
@@ -132,30 +134,33 @@ def inside(residual: Residual, call: Call) -> frozenset[fx.Node]:
     return frozenset(node for node in residual.region if call in node.meta.get("hc_calls", ()))
 
 
-def _homes(plan: Plan, model: nn.Module, refused: Mapping[str, str]) -> tuple[dict[fx.Node, Call], list[Skipped]]:
-    """Return the block call that each residual's add belongs to, and the residuals that have none."""
+def find_holders(
+    residuals: Sequence[Residual], model: nn.Module, refused: Mapping[str, str]
+) -> tuple[dict[fx.Node, tuple[Call, ...]], dict[fx.Node, Skipped]]:
+    """Return the module calls around each residual's add, and the verdict on residuals that no block can hold.
+
+    Args:
+        residuals: found on a tape.
+        model: the model that was recorded.
+        refused: paths of modules that cannot become blocks, with the reason.
+    """
     holders: dict[fx.Node, tuple[Call, ...]] = {}
-    lost: list[Skipped] = []
-    used = _ancestors(plan.graph_module.graph.output_node())
-    for residual in plan.residuals:
-        if residual.add not in used:
-            lost.append(as_skipped(residual, Reason.UNUSED))
-            continue
+    homeless: dict[fx.Node, Skipped] = {}
+    used = _ancestors(residuals[0].add.graph.output_node()) if residuals else set()
+    for residual in residuals:
         stack = _holder(residual)
-        if stack[-1].path in refused:
-            lost.append(as_skipped(residual, Reason.OPAQUE, refused[stack[-1].path]))
+        if residual.add not in used:
+            homeless[residual.add] = as_skipped(residual, Reason.UNUSED)
+        elif stack[-1].path in refused:
+            homeless[residual.add] = as_skipped(residual, Reason.OPAQUE, refused[stack[-1].path])
         else:
             holders[residual.add] = stack
-    for path in _around_stacks([stack[-1].path for stack in holders.values()], model):
-        for residual in plan.residuals:
-            if residual.add in holders and holders[residual.add][-1].path == path:
-                del holders[residual.add]
-                lost.append(as_skipped(residual, Reason.OPAQUE, AROUND))
-    needed = {stack[-1].path for stack in holders.values()}
-    home = {}
-    for add, stack in holders.items():
-        home[add] = next(call for call in stack if call.path in needed)  # the outermost block around it
-    return home, lost
+    around = _around_stacks([stack[-1].path for stack in holders.values()], model)
+    for residual in residuals:
+        if residual.add in holders and holders[residual.add][-1].path in around:
+            del holders[residual.add]
+            homeless[residual.add] = as_skipped(residual, Reason.OPAQUE, AROUND)
+    return holders, homeless
 
 
 def _around_stacks(holders: list[str], model: nn.Module) -> list[str]:
@@ -175,7 +180,7 @@ def _around_stacks(holders: list[str], model: nn.Module) -> list[str]:
     return around
 
 
-def _cut(trunks: list[Trunk], home: Mapping[fx.Node, Call], apart: str) -> tuple[list[Trunk], list[str]]:
+def _cut(trunks: list[Trunk], homes: Mapping[fx.Node, Call], apart: str) -> tuple[list[Trunk], list[str]]:
     """Cut trunks where the code between two blocks changes the value."""
     pieces: list[Trunk] = []
     cuts: list[str] = []
@@ -183,8 +188,8 @@ def _cut(trunks: list[Trunk], home: Mapping[fx.Node, Call], apart: str) -> tuple
         adds = {r.add for r in trunk.residuals}
         pending: list[Residual] = []
         for residual in trunk.residuals:
-            outside = _changed_on_the_way(residual, trunk, adds, home) if pending else None
-            if pending and apart and home[pending[-1].add] != home[residual.add]:
+            outside = _changed_on_the_way(residual, trunk, adds, homes) if pending else None
+            if pending and apart and homes[pending[-1].add] != homes[residual.add]:
                 cuts.append(f"before {residual.name}: the code between blocks fails on streams ({apart})")
                 pieces.append(_piece(trunk, pending))
                 pending = []
@@ -199,7 +204,7 @@ def _cut(trunks: list[Trunk], home: Mapping[fx.Node, Call], apart: str) -> tuple
 
 
 def _changed_on_the_way(
-    residual: Residual, trunk: Trunk, adds: set[fx.Node], home: Mapping[fx.Node, Call]
+    residual: Residual, trunk: Trunk, adds: set[fx.Node], homes: Mapping[fx.Node, Call]
 ) -> fx.Node | None:
     """Return the first operation outside of blocks between a residual and the one before, if any."""
     node = residual.skip
@@ -209,7 +214,7 @@ def _changed_on_the_way(
             return node  # the residual before it went: its block stays as it is
         way.append(node)
         node = trunk.carried[node]
-    inside = {home[node], home[residual.add]}
+    inside = {homes[node], homes[residual.add]}
     return next((n for n in reversed(way) if not inside.intersection(n.meta.get("hc_calls", ()))), None)
 
 
@@ -225,20 +230,20 @@ def _piece(trunk: Trunk, residuals: list[Residual]) -> Trunk:
     return Trunk(trunk.index, tuple(residuals), carried)
 
 
-def _blocks(plan: Plan, home: Mapping[fx.Node, Call], share_calls: bool) -> tuple[tuple[BlockPlan, ...], list[str]]:
+def _blocks(plan: Plan, homes: Mapping[fx.Node, Call], share_calls: bool) -> tuple[tuple[BlockPlan, ...], list[str]]:
     steps: dict[Call, int] = {}
     leaves: dict[Call, set[str]] = {}
     residuals: dict[Call, list[Residual]] = {}
     order = {node: i for i, node in enumerate(plan.graph_module.graph.nodes)}
     for residual in sorted(plan.residuals, key=lambda r: order[r.add]):
-        residuals.setdefault(home[residual.add], []).append(residual)
+        residuals.setdefault(homes[residual.add], []).append(residual)
     for trunk in plan.trunks:
         before: Residual | None = None
         step = 0
         for residual in trunk.residuals:
-            call = home[residual.add]
-            if before is not None and home[before.add] != call:
-                leaves.setdefault(home[before.add], set()).add(before.name)
+            call = homes[residual.add]
+            if before is not None and homes[before.add] != call:
+                leaves.setdefault(homes[before.add], set()).add(before.name)
                 step += 1
             steps[call] = max(step, steps.get(call, 0))
             before = residual

@@ -130,9 +130,16 @@ def is_trunk_value(value: Any) -> bool:
 
 def read_out(values: Any) -> Any:
     """Return nested ``values`` with the readout of every trunk value in its place."""
-    return pytree.tree_map(
-        lambda value: value.read_out() if type(value) is TrunkValue else value, values, is_leaf=is_trunk_value
-    )
+    read: dict[int, Tensor] = {}  # what was one value stays one
+
+    def one(value: Any) -> Any:
+        if type(value) is not TrunkValue:
+            return value
+        if id(value) not in read:
+            read[id(value)] = value.read_out()
+        return read[id(value)]
+
+    return pytree.tree_map(one, values, is_leaf=is_trunk_value)
 
 
 def holds_streams(values: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import nn
 
 from .additions import CONNECTIONS_NAME, DROPOUT_KEY, connection_dict, expand_key, key_of, make_connections, readout_key
 from .block_module import RUNNER, BlockError, BlockRunner, install, reads_training, relative
-from .blocks import BlockPlan, BlocksPlan, container, plan_blocks
+from .blocks import BlockPlan, BlocksPlan, container, find_holders, plan_blocks
 from .candidates import may_add
 from .connections import Connection
 from .errors import HCTransformError, NotEquivalent
@@ -54,10 +54,18 @@ def analyse_blocks(
     apart: str = "",
     tape: Tape | None = None,
 ) -> tuple[BlocksPlan, Tape]:
-    """Record one run of the model, find its residuals, and plan which modules become blocks."""
+    """Record one run of the model, find its residuals, and plan which modules become blocks.
+
+    Residuals that no block can hold are left out before trunks are chosen, so that those inside of
+    their branches have their chance.
+    """
     tape = tape or record(model, args, kwargs)
-    plan = make_plan(tape.graph_module, find_residuals(tape.graph_module), options)
-    return plan_blocks(plan, model, share_calls=share_calls, refused=refused, apart=apart), tape
+    findings = find_residuals(tape.graph_module)
+    holders, homeless = find_holders(findings.residuals, model, refused)
+    left = tuple(r for r in findings.residuals if r.add in holders)
+    plan = make_plan(tape.graph_module, replace(findings, residuals=left), options)
+    plan = replace(plan, skipped=(*plan.skipped, *homeless.values()))
+    return plan_blocks(plan, holders, share_calls=share_calls, apart=apart), tape
 
 
 def convert_blocks(

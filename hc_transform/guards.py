@@ -56,6 +56,12 @@ def check_tensor_input(value: Any, name: str) -> None:
         raise DecisionChanged(f"input {name!r} was given while tracing and is None now. {HINT}")
 
 
+def check_same(value: Any, other: Any, names: str) -> None:
+    """Raise DecisionChanged unless two inputs are one and the same object, as they were while tracing."""
+    if value is not other:
+        raise DecisionChanged(f"inputs {names} were the same tensor while tracing and are two now. {HINT}")
+
+
 def check_keys(value: Any, expected: tuple[Any, ...], where: str) -> None:
     """Raise DecisionChanged unless ``value`` has the keys that it had when ``where`` was traced."""
     keys = () if value is None else tuple(value)  # None stands for a default that is a container
@@ -63,4 +69,6 @@ def check_keys(value: Any, expected: tuple[Any, ...], where: str) -> None:
         raise DecisionChanged(f"keys {tuple(expected)} while tracing, {keys} now, at {where}. {HINT}")
 
 
-CHECKS = frozenset({check_keys, check_true, check_false, check_equal, check_len, check_input, check_tensor_input})
+CHECKS = frozenset(
+    {check_same, check_keys, check_true, check_false, check_equal, check_len, check_input, check_tensor_input}
+)

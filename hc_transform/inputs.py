@@ -42,6 +42,8 @@ def place_inputs(
         proxies[name] = tracer.placeholder(target, _default(parameter, optional), values[name])
         optional = optional or bool(proxies[name].node.args)
     given = {name: _checked(tracer, signature.parameters[name], proxies[name], values[name]) for name in proxies}
+    if tracer.merges_inputs:
+        _merge(tracer, given, values)
     args: list[Any] = []
     kwargs: dict[str, Any] = {}
     # Decorators around a forward look for inputs by their names, where they can be given so.
@@ -56,6 +58,18 @@ def place_inputs(
         else:
             args.append(given[name])
     return args, kwargs
+
+
+def _merge(tracer: ValueTracer, given: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Let inputs that are one tensor be one proxy: a branch may take its skip under another name."""
+    first: dict[int, str] = {}
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor):
+            other = first.setdefault(id(value), name)
+            if other != name:
+                names = f"{other!r} and {name!r}"
+                tracer.graph.call_function(guards.check_same, (given[other].node, given[name].node, names))
+                given[name] = given[other]
 
 
 def _checked(tracer: ValueTracer, parameter: inspect.Parameter, proxy: ValueProxy, value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import inspect
 from typing import Any
 
 import torch
@@ -148,7 +149,7 @@ class Kinds:
         versions = [(buffer, version_of(buffer)) for buffer in copy.buffers()]
         try:
             with state_restored(copy):
-                inner = fx.symbolic_trace(copy)
+                inner = _symbolic(copy)
                 counts = any(version_of(buffer) != version for buffer, version in versions)
         except Exception:
             return Kind.MIX
@@ -162,6 +163,17 @@ class Kinds:
         ):
             return Kind.MIX  # noise that is added is no mask
         return together
+
+
+def _symbolic(module: nn.Module) -> fx.GraphModule:
+    """Return a graph of a small module; one that computes with shapes is shown a tensor."""
+    try:
+        return fx.symbolic_trace(module)
+    except Exception:
+        from .trace import trace  # which needs kinds itself
+
+        first = next(iter(inspect.signature(module.forward).parameters))
+        return trace(module, {first: torch.randn(2, 3, 4)}, inline=frozenset({""})).graph_module
 
 
 def _together(kinds: list[Kind]) -> Kind:

@@ -103,7 +103,7 @@ def copy_inputs(inputs: Any) -> Any:
 
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return _cloned(value)
+            return memo.setdefault(id(value), _cloned(value))
         for tensor in tensors_within(value, set()):
             memo.setdefault(id(tensor), _cloned(tensor))
         return copy.deepcopy(value, memo)

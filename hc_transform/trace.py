@@ -107,7 +107,9 @@ def trace(
         try:
             with state_restored(model), torch.enable_grad():  # so that a no_grad region shows in any mode
                 given = values if inputs is not None else _defaults(model)
-                tracer = ValueTracer(inlined, given, hints.wrap_functions, probing=probing, observed=observed)
+                tracer = ValueTracer(
+                    inlined, given, hints.wrap_functions, probing=probing, observed=observed, merges_inputs=loose
+                )
                 tracer.calls.update(dict.fromkeys(opaque))
                 graph = tracer.trace(work)
                 if loose:
@@ -153,6 +155,7 @@ def _loosened(
             loose=loose,
             observed=tracer.observed,
             script=list(tracer.evaluated),
+            merges_inputs=True,
         )
         made = another.trace(copied)
         works[id(made)] = copied

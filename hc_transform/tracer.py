@@ -65,6 +65,7 @@ class ValueTracer(fx.Tracer):
         loose: frozenset[str] = frozenset(),
         observed: frozenset[str] = frozenset(),
         script: list[tuple[Any, ...]] | None = None,
+        merges_inputs: bool = False,
     ) -> None:
         super().__init__(
             autowrap_modules=(math, einops),  # type: ignore[arg-type]
@@ -74,6 +75,7 @@ class ValueTracer(fx.Tracer):
         self.inputs = inputs
         self.probing = probing
         self.loose = loose
+        self.merges_inputs = merges_inputs
         self.observed = observed
         self.evaluated: list[tuple[Any, ...]] = []
         self._script = None if script is None else iter(script)
