@@ -158,9 +158,7 @@ class Kinds:
         kinds = Kinds(inner)
         nodes = [n for n in inner.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         together = _together([kinds.of(n) for n in nodes])
-        if together is Kind.RANDOM and any(
-            name_of(n) in LINEAR_POINTWISES and len(n.all_input_nodes) > 1 for n in nodes if not is_shape_read(n)
-        ):
+        if together is Kind.RANDOM and _adds_noise(inner.graph, kinds):
             return Kind.MIX  # noise that is added is no mask
         return together
 
@@ -174,6 +172,21 @@ def _symbolic(module: nn.Module) -> fx.GraphModule:
 
         first = next(iter(inspect.signature(module.forward).parameters))
         return trace(module, {first: torch.randn(2, 3, 4)}, inline=frozenset({""})).graph_module
+
+
+def _adds_noise(graph: fx.Graph, kinds: Kinds) -> bool:
+    """Whether something random is added to data."""
+    random: set[fx.Node] = set()
+    data: set[fx.Node] = set()
+    for node in graph.nodes:
+        kind, sources = kinds.of(node), set(node.all_input_nodes)
+        if node.op == "placeholder" or kind is not Kind.SHAPE and sources & data:
+            data.add(node)
+        if kind is Kind.RANDOM or sources & random:
+            random.add(node)
+        if name_of(node) in LINEAR_POINTWISES and sources & random and sources & data - random:
+            return True
+    return False
 
 
 def _together(kinds: list[Kind]) -> Kind:
