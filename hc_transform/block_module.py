@@ -342,7 +342,9 @@ def original_of(block: nn.Module) -> nn.Module:
     del shell.__dict__[RUNNER]
     shell.__dict__["_modules"] = {k: m for k, m in block._modules.items() if k != CONNECTIONS_NAME}
     copied = clone_structure(shell)
-    for module in copied.modules():  # Hugging Face's layers checkpoint in ``forward``; ours is wrapped in that too
+    for module in copied.modules():
+        module._forward_hooks = OrderedDict()  # they would see what is evaluated while tracing
+        # Hugging Face's layers checkpoint in ``forward``; ours is wrapped in that too
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     return copied

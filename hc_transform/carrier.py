@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,12 @@ from torch.utils import _pytree as pytree
 from .streams import Streams, expand, readout
 
 
+@dataclass(eq=False, repr=False)
 class TrunkValue:
     """The n streams of a trunk value, which stand for their readout wherever no converted block takes them.
 
     Not a tensor for ``isinstance``, on purpose: every way in which torch's engines take a tensor
-    apart would lose the streams. It is a pytree of n tensors for them (FSDP's hooks, checkpoints).
+    apart would lose the streams. It is a dataclass and a pytree of n tensors for them (FSDP's hooks).
 
     Attributes:
         streams: n tensors of one shape.
@@ -30,10 +32,9 @@ class TrunkValue:
         mode: how it is read out, "mean" or "sum".
     """
 
-    def __init__(self, streams: Streams, step: int = 1, mode: str = "mean") -> None:
-        self.streams = streams
-        self.step = step
-        self.mode = mode
+    streams: Streams
+    step: int = 1
+    mode: str = "mean"
 
     def read_out(self) -> Tensor:
         """Return the value that the streams stand for."""
