@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from .additions import CONNECTIONS_NAME
-from .blocks import BlockPlan, CallPlan, signature_of
+from .blocks import BlockPlan, signature_of
 from .carrier import TrunkValue, is_trunk_value, read_out
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from .find import find_residuals
@@ -76,7 +76,7 @@ class BlockRunner:
             return self._run_compiled(block, step, args, kwargs)
         if self.calls[step].leaves:
             refuse_reentrant(block)
-        key = (step, block.training, _kind(args), _kind(kwargs))
+        key = (step, block.training, self._observed(block), _kind(args), _kind(kwargs))
         change = None
         for variant in self._candidates(key):
             try:
@@ -97,12 +97,16 @@ class BlockRunner:
         self.variants.setdefault(key, []).append(variant)
         return variant.forward(block, *args, **kwargs)
 
+    def _observed(self, block: nn.Module) -> frozenset[str]:
+        """Return the modules in the graph that have forward hooks."""
+        return frozenset(path for path in self.plan.scopes if path and block.get_submodule(path)._forward_hooks)
+
     def _candidates(self, key: Any) -> Iterator[Variant]:
         """Yield the graphs that may fit: those made for such calls, then those that tell at once if they do not."""
         own = list(self.variants.get(key, ()))
         yield from own
         for other, variants in list(self.variants.items()):
-            if other[0] == key[0]:
+            if other[0] == key[0] and other[2] == key[2]:
                 yield from (v for v in variants if v not in own and not v.needs.late)
 
     def _run_compiled(self, block: nn.Module, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -153,7 +157,14 @@ class BlockRunner:
         names = self.plan.calls[0].residuals if self.plan.shared else call.residuals
         given = bind_inputs(original, *read_out((args, kwargs)))
         with state_restored(block):
-            traced = trace(original, given, inline=self.plan.scopes, hints=self.hints, loose=True)
+            traced = trace(
+                original,
+                given,
+                inline=self.plan.scopes,
+                hints=self.hints,
+                loose=True,
+                observed=self._observed(block),
+            )
         gm = traced.graph_module
         found = find_residuals(gm)
         wanted = tuple((relative(name, self.plan.path), signature) for name, signature in names)
@@ -162,7 +173,9 @@ class BlockRunner:
         plan = make_plan(gm, Findings(selected, (), found.shortcuts), options)
         if {r.name for r in plan.residuals} != {name for name, _ in wanted}:
             raise TraceError(self._differs({name for name, _ in wanted} - {r.name for r in plan.residuals}, change))
-        plan = Plan(gm, linked(plan, call, self.plan.path, self.options), plan.skipped, self.options)
+        local = {name: own for (name, _), (own, _) in zip(call.residuals, wanted, strict=True)}
+        leaves = frozenset(local[name] for name in call.leaves)
+        plan = Plan(gm, linked(plan, leaves, step, self.plan.path, self.options), plan.skipped, self.options)
         graph = rewritten_graph(gm, plan)
         adopt_constants(block, graph, gm)
         log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
@@ -192,8 +205,15 @@ class BlockRunner:
         )
 
 
-def linked(plan: Plan, call: CallPlan, path: str, options: Options) -> tuple[Trunk, ...]:
+def linked(plan: Plan, leaves: frozenset[str], step: int, path: str, options: Options) -> tuple[Trunk, ...]:
     """Return a block's trunks with the inputs that they begin with, and the outputs that go on as streams.
+
+    Args:
+        plan: of the block's graph.
+        leaves: names of the residuals after which streams go on.
+        step: how many block calls of the chain come before this one.
+        path: of the block.
+        options: of the whole model.
 
     Raises:
         TraceError: a trunk that goes on in another block does not reach the block's output.
@@ -201,7 +221,6 @@ def linked(plan: Plan, call: CallPlan, path: str, options: Options) -> tuple[Tru
     kinds = Kinds(plan.graph_module)
     passage = Passage(kinds)
     entries: dict[fx.Node, Any] = {n: n for n in plan.graph_module.graph.nodes if _is_entry(n)}
-    leaves = {relative(name, path) for name in call.leaves}
     output = plan.graph_module.graph.output_node()
     trunks = []
     for trunk in plan.trunks:
@@ -209,7 +228,7 @@ def linked(plan: Plan, call: CallPlan, path: str, options: Options) -> tuple[Tru
         first, last = trunk.residuals[0], trunk.residuals[-1]
         entry: fx.Node | None = None
         way = passage.way_back(first.skip, entries)
-        if way and not (options.stream_embedding and call.step == 0):
+        if way and not (options.stream_embedding and step == 0):
             entry = way[-1]
             carried.update(zip(way, way[1:], strict=False))
         exits = []
@@ -221,7 +240,7 @@ def linked(plan: Plan, call: CallPlan, path: str, options: Options) -> tuple[Tru
                     carried.update(zip(way, way[1:], strict=False))
             if not exits:
                 raise TraceError(f"the trunk of {path}.{last.name} does not reach the output of {path}")
-        trunks.append(Trunk(trunk.index, trunk.residuals, carried, entry, tuple(exits), call.step + 1))
+        trunks.append(Trunk(trunk.index, trunk.residuals, carried, entry, tuple(exits), step + 1))
     return tuple(trunks)
 
 
@@ -239,7 +258,7 @@ def install(block: nn.Module, runner: BlockRunner, modules: nn.ModuleDict) -> No
     base: Any = type(block)
     block.__class__ = block_class(base)
     block.__dict__[RUNNER] = runner
-    block.add_module(CONNECTIONS_NAME, modules)
+    block.add_module(CONNECTIONS_NAME, modules.train(block.training))
     for registry, before in ((block._forward_hooks, False), (block._forward_pre_hooks, True)):
         for key, hook in registry.items():
             registry[key] = observe(hook, before)

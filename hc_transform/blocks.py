@@ -18,6 +18,7 @@ from .planner import Plan
 from .tape import Call
 from .trunks import Trunk, as_skipped
 
+AROUND = "it is around a stack of blocks, which keep their hooks and checkpoints; scope='graph' takes both"
 Signature = tuple[str, str]  # (path of the adding module below the block, location): tells residuals of a block apart
 
 
@@ -114,6 +115,18 @@ def _holder(residual: Residual) -> tuple[Call, ...]:
     return stack[:1]
 
 
+def _ancestors(node: fx.Node) -> set[fx.Node]:
+    """Return everything that ``node`` is computed from."""
+    found: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
 def inside(residual: Residual, call: Call) -> frozenset[fx.Node]:
     """Return the part of a residual's region that is made within a module call."""
     return frozenset(node for node in residual.region if call in node.meta.get("hc_calls", ()))
@@ -123,17 +136,43 @@ def _homes(plan: Plan, model: nn.Module, refused: Mapping[str, str]) -> tuple[di
     """Return the block call that each residual's add belongs to, and the residuals that have none."""
     holders: dict[fx.Node, tuple[Call, ...]] = {}
     lost: list[Skipped] = []
+    used = _ancestors(plan.graph_module.graph.output_node())
     for residual in plan.residuals:
+        if residual.add not in used:
+            lost.append(as_skipped(residual, Reason.UNUSED))
+            continue
         stack = _holder(residual)
         if stack[-1].path in refused:
             lost.append(as_skipped(residual, Reason.OPAQUE, refused[stack[-1].path]))
         else:
             holders[residual.add] = stack
+    for path in _around_stacks([stack[-1].path for stack in holders.values()], model):
+        for residual in plan.residuals:
+            if residual.add in holders and holders[residual.add][-1].path == path:
+                del holders[residual.add]
+                lost.append(as_skipped(residual, Reason.OPAQUE, AROUND))
     needed = {stack[-1].path for stack in holders.values()}
     home = {}
     for add, stack in holders.items():
         home[add] = next(call for call in stack if call.path in needed)  # the outermost block around it
     return home, lost
+
+
+def _around_stacks(holders: list[str], model: nn.Module) -> list[str]:
+    """Return the modules that hold a few residuals themselves, around a stack of blocks that hold more."""
+    around = []
+    for path in sorted(set(holders), key=len):
+        below = [p for p in holders if p != path and (not path or p.startswith(path + "."))]
+        stacks: dict[str, set[str]] = {}
+        for inner in below:
+            atoms = inner.split(".")
+            for i in range(len(path.split(".")) if path else 0, len(atoms)):
+                stack = ".".join(atoms[:i])
+                if isinstance(model.get_submodule(stack), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
+                    stacks.setdefault(stack, set()).add(atoms[i])
+        if len(below) > holders.count(path) and any(len(entries) > 1 for entries in stacks.values()):
+            around.append(path)
+    return around
 
 
 def _cut(trunks: list[Trunk], home: Mapping[fx.Node, Call], apart: str) -> tuple[list[Trunk], list[str]]:

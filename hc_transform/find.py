@@ -137,13 +137,13 @@ class _Finder:
             skip, ops = source, (skip, *ops)
 
     def _passed_through(self, node: fx.Node) -> fx.Node | None:
-        """Return the tensor that ``node`` passes on, perhaps scaled; None for anything else."""
+        """Return the tensor that ``node`` passes on, perhaps scaled or shifted by a parameter; else None."""
         kind = self.kinds.of(node)
         data = [n for n in node.all_input_nodes if is_tensor(n) and not self.kinds.is_constant(n)]
         if len(data) != 1 or not node.args or data[0] not in node.args:
             return None
-        plus_number = name_of(node) in ADDS and len(node.all_input_nodes) == 1
-        return data[0] if kind in (Kind.IDENTITY, Kind.SCALE, Kind.RANDOM) or plus_number else None
+        shifted = name_of(node) in ADDS and self._fits(node, [data[0]])
+        return data[0] if kind in (Kind.IDENTITY, Kind.SCALE, Kind.RANDOM) or shifted else None
 
     def _fits(self, add: fx.Node, terms: list[fx.Node]) -> bool:
         shapes = {shape for shape in map(shape_of, (add, *terms)) if shape is not None}

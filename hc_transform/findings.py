@@ -24,6 +24,7 @@ class Reason(enum.Enum):
     NESTED = "nested: inside or around the branches of a trunk with more residuals"
     SHARED_READ = "its branch starts inside the branch of another residual on the same value"
     EXCLUDED = "excluded"
+    UNUSED = "its value reaches no output"
     PLAIN = "left plain: num_streams is 1"
 
 

@@ -8,6 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
+from .errors import UnsupportedModel
 
 ENGINES = ("torch.distributed.", "accelerate.")  # they take tensors apart and put them together again
 
@@ -47,6 +48,21 @@ def observe(hook: Any, before: bool) -> Any:
     if isinstance(hook, ObservingHook) or f"{owner}.".startswith(ENGINES) or f"{home}.".startswith(ENGINES):
         return hook
     return ObservingHook(hook, before)
+
+
+def call_hooks(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+    """Call the forward hooks of a module whose code is part of a graph, with what it was given and gave.
+
+    Raises:
+        UnsupportedModel: a hook changes the output.
+    """
+    for key, hook in list(module._forward_hooks.items()):
+        with_kwargs = key in module._forward_hooks_with_kwargs
+        if hook(module, args, *((kwargs,) if with_kwargs else ()), output) is not None:
+            raise UnsupportedModel(
+                f"a forward hook on a {type(module).__name__} changes its output, and the module's code is part of a "
+                "converted block's graph. Put the hook on the block or on a module inside of a branch"
+            )
 
 
 def read_outputs(module: Any, args: Any, output: Any) -> Any:

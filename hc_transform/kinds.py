@@ -157,7 +157,9 @@ class Kinds:
         kinds = Kinds(inner)
         nodes = [n for n in inner.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         together = _together([kinds.of(n) for n in nodes])
-        if together is Kind.RANDOM and any(name_of(n) in LINEAR_POINTWISES for n in nodes):
+        if together is Kind.RANDOM and any(
+            name_of(n) in LINEAR_POINTWISES and len(n.all_input_nodes) > 1 for n in nodes if not is_shape_read(n)
+        ):
             return Kind.MIX  # noise that is added is no mask
         return together
 

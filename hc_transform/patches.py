@@ -102,7 +102,14 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     plain_checkpoints = {name: getattr(torch.utils.checkpoint, name) for name in generators}
     plain_enter = torch.autocast.__enter__
     plain_factories = {name: getattr(torch, name) for name in FACTORIES}
+    plain_limits = {name: getattr(torch, name) for name in ("finfo", "iinfo")}
     plain_script = torch._C.ScriptFunction.__call__
+
+    def limits_of(limits: Any, dtype: Any = None) -> Any:
+        if type(dtype) is ValueProxy and isinstance(dtype.hc_value, torch.dtype):
+            hash(dtype)  # which records what it is
+            dtype = dtype.hc_value
+        return limits() if dtype is None else limits(dtype)
 
     def enter(region: torch.autocast) -> Any:
         if (
@@ -124,6 +131,8 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         setattr(torch.utils.checkpoint, name, functools.partial(around_function, plain))
     for name, plain in plain_factories.items():
         setattr(torch, name, functools.partial(make, plain))
+    for name, limits in plain_limits.items():
+        setattr(torch, name, functools.partial(limits_of, limits))
     nn.Module.training = training  # type: ignore[assignment]
     try:
         with _RecordCalls(tracer):
@@ -138,4 +147,6 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             setattr(torch.utils.checkpoint, name, plain)
         for name, plain in plain_factories.items():
             setattr(torch, name, plain)
+        for name, limits in plain_limits.items():
+            setattr(torch, name, limits)
         del nn.Module.training

@@ -135,6 +135,12 @@ def _refuse_nonlinear(trunks: Sequence[Trunk], kinds: Kinds) -> None:
             )
 
 
+LAYER_AXES = {
+    **dict.fromkeys("conv1d conv2d conv3d batch_norm group_norm instance_norm".split(), 1),
+    **dict.fromkeys("linear layer_norm rms_norm".split(), -1),
+}
+
+
 def feature_axis(residual: Residual, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
     """Return the feature axis of a residual's value, -1 or 1, and its size (None if unknown).
 
@@ -144,7 +150,13 @@ def feature_axis(residual: Residual, graph: fx.Graph, modules: Mapping[str, nn.M
     """
     shape = shape_of(residual.skip)
     for node in graph.nodes:
-        if node.op != "call_module" or node not in residual.region:
+        if node not in residual.region:
+            continue
+        if shape is not None and node.op == "call_function" and name_of(node) in LAYER_AXES:
+            axis = LAYER_AXES[name_of(node)]
+            if len(shape) > 1 and shape_of(node.all_input_nodes[0]) == shape:
+                return axis, shape[axis]
+        if node.op != "call_module":
             continue
         for module in modules[str(node.target)].modules():
             axis, size = _layer_axis(module)
@@ -166,7 +178,7 @@ def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
         return 1, module.in_channels
     if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
         return 1, module.num_features
-    if type(module) is nn.GroupNorm:
+    if isinstance(module, nn.GroupNorm):
         return 1, module.num_channels
     if type(module) is nn.Linear:
         return -1, module.in_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,18 @@ class ScriptedFunction:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScriptedFunction:
         return self  # it has no state, and cannot be copied
+
+
+class FreshObject:
+    """Makes a new copy of an object on every call, under a name that generated code can use."""
+
+    def __init__(self, template: Any) -> None:
+        self.template = template
+        self.__name__ = self.__qualname__ = f"new_{type(template).__name__}"
+
+    def __call__(self) -> Any:
+        """Return a copy."""
+        return copy.deepcopy(self.template)
 
 
 class ValueProxy(fx.Proxy):

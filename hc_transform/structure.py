@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run when ``module`` is called, or differentiated."""
-    return any(getattr(module, name, None) for name in HOOKS)
+def has_hooks(module: nn.Module, forward: bool = True) -> bool:
+    """Whether hooks run when ``module`` is called, or differentiated; without ``forward`` others than forward hooks."""
+    return any(getattr(module, name, None) for name in HOOKS if forward or name != "_forward_hooks")
 
 
 def clone_structure(model: nn.Module) -> nn.Module:

@@ -21,7 +21,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-from .candidates import INLINED_FROM_TORCH
+from .candidates import INLINED_FROM_TORCH, may_add
 from .frames import user_frame
 from .kinds import Kind, Kinds
 from .proxy import AppliedFunction, set_item
@@ -143,7 +143,8 @@ class _Recorder(TorchFunctionMode):
         self.calls.append(Call(path, self.count[path]))
         self.count[path] += 1
         try:
-            if path == "" or not self._is_leaf(module):
+            several = len(_tensors((args, kwargs))) > 1  # one that adds them up is looked into
+            if path == "" or not self._is_leaf(module) or several and may_add(module):
                 return plain(module, *args, **kwargs)
         finally:
             self.calls.pop()
@@ -203,8 +204,8 @@ class _Recorder(TorchFunctionMode):
         leaves, spec = pytree.tree_flatten(value)
         if len(leaves) == 1 and leaves[0] is value:
             return self._constant(value)
-        rebuilt = self.graph.call_function(pytree.tree_unflatten, ([self._argument(v) for v in leaves], None))
-        rebuilt.args = (rebuilt.args[0], self._constant(spec))
+        entries, how = [self._argument(v) for v in leaves], self._constant(spec)
+        rebuilt = self.graph.call_function(pytree.tree_unflatten, (entries, how))
         self._locate(rebuilt)
         return rebuilt
 

@@ -73,6 +73,7 @@ def trace(
     hints: Hints | None = None,
     probing: bool = False,
     loose: bool = False,
+    observed: frozenset[str] = frozenset(),
 ) -> Trace:
     """Trace ``model``, leaving as leaves those modules whose code cannot be traced.
 
@@ -83,6 +84,7 @@ def trace(
         hints: what to wrap, to leave whole and to look into.
         probing: trace also what a graph cannot hold, to see what is there. The graph is not to be run.
         loose: inputs that the code only passes on are not checked; see :mod:`hc_transform.loosen`.
+        observed: modules to trace into although they have forward hooks, which the graph calls.
 
     Raises:
         PatternError: a hint names no module.
@@ -94,7 +96,7 @@ def trace(
         wanted = candidates(model).union(*(with_parents(p) for p in hints.chosen("inline_modules", model)))
     opaque = dict.fromkeys(hints.chosen("leaf_modules", model), "leaf_modules names it")
     for path, module in model.named_modules():
-        if path and path in wanted and not probing and (reason := _must_stay_leaf(module)):
+        if path and path in wanted and not probing and (reason := _must_stay_leaf(module, path in observed)):
             opaque[path] = reason
     while True:
         leaves = tuple(opaque)
@@ -105,7 +107,7 @@ def trace(
         try:
             with state_restored(model), torch.enable_grad():  # so that a no_grad region shows in any mode
                 given = values if inputs is not None else _defaults(model)
-                tracer = ValueTracer(inlined, given, hints.wrap_functions, probing=probing)
+                tracer = ValueTracer(inlined, given, hints.wrap_functions, probing=probing, observed=observed)
                 tracer.calls.update(dict.fromkeys(opaque))
                 graph = tracer.trace(work)
                 if loose:
@@ -144,7 +146,14 @@ def _loosened(
     def again(inputs: Mapping[str, Any], loose: frozenset[str]) -> fx.Graph:
         copied = clone_structure(model)
         show_plain_tensors(copied, tracer.inline)
-        another = ValueTracer(tracer.inline, inputs, hints.wrap_functions, loose=loose, script=list(tracer.evaluated))
+        another = ValueTracer(
+            tracer.inline,
+            inputs,
+            hints.wrap_functions,
+            loose=loose,
+            observed=tracer.observed,
+            script=list(tracer.evaluated),
+        )
         made = another.trace(copied)
         works[id(made)] = copied
         return made
@@ -158,8 +167,8 @@ def _loosened(
     return graph, works[id(graph)]
 
 
-def _must_stay_leaf(module: nn.Module) -> str | None:
-    if has_hooks(module):
+def _must_stay_leaf(module: nn.Module, observed: bool) -> str | None:
+    if has_hooks(module, forward=not observed):
         return "it has hooks, which a graph of its code would not call"
     if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
         return "it is compiled already; convert first, compile afterwards"

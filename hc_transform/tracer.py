@@ -27,10 +27,12 @@ from torch.utils import _pytree as pytree
 from . import guards
 from .aliases import Aliases, version_of, written_through
 from .frames import short_name, user_frame
+from .hooks import call_hooks
 from .inputs import is_entry_of_input, place_inputs
 from .patches import patched
-from .proxy import UNKNOWN, CannotInline, ValueProxy
+from .proxy import UNKNOWN, CannotInline, FreshObject, ValueProxy
 from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
+from .structure import copy_inputs
 
 
 class ValueTracer(fx.Tracer):
@@ -43,6 +45,7 @@ class ValueTracer(fx.Tracer):
         wrap_functions: functions to record as one call.
         probing: go on where a graph could not hold what the code does.
         loose: inputs that become proxies without a check though they are constants.
+        observed: modules that are traced into and have forward hooks, which the graph calls.
         script: what an earlier trace evaluated; its values are taken again, in order.
 
     Attributes:
@@ -60,6 +63,7 @@ class ValueTracer(fx.Tracer):
         *,
         probing: bool = False,
         loose: frozenset[str] = frozenset(),
+        observed: frozenset[str] = frozenset(),
         script: list[tuple[Any, ...]] | None = None,
     ) -> None:
         super().__init__(
@@ -70,6 +74,7 @@ class ValueTracer(fx.Tracer):
         self.inputs = inputs
         self.probing = probing
         self.loose = loose
+        self.observed = observed
         self.evaluated: list[tuple[Any, ...]] = []
         self._script = None if script is None else iter(script)
         self.calls: dict[str, tuple[Any, Any] | None] = {}
@@ -79,6 +84,7 @@ class ValueTracer(fx.Tracer):
         self._known: dict[Any, ValueProxy] = {}
         self._decided: set[Any] = set()
         self._aliases = Aliases()
+        self._objects: dict[int, tuple[Any, fx.Node]] = {}
         self._context = _context_state()
 
     # -- entry
@@ -157,6 +163,8 @@ class ValueTracer(fx.Tracer):
     ) -> fx.Node:
         """Record a node with the module path and the user's line it comes from."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        if node.name == "self":  # which generated code has for the module
+            node._rename("self_1")
         node.meta["hc_module"] = self._paths[-1]
         frame = user_frame()
         if frame is not None and kind != "placeholder":
@@ -206,7 +214,24 @@ class ValueTracer(fx.Tracer):
             return self.create_node("call_function", type(a), (items,), {})
         if isinstance(a, fx.node.base_types) and not isinstance(a, torch.Tensor):
             return a
-        return super().create_arg(a)
+        try:
+            return super().create_arg(a)
+        except NotImplementedError:
+            return self._object(a)
+
+    def _object(self, a: Any) -> fx.Node:
+        """Return a node for an object that traced code made: a new one, as it is now, on every call."""
+        if id(a) not in self._objects:
+            if any(isinstance(leaf, fx.Proxy) for leaf in vars(a).values()) or self._is_of_a_module(a):
+                raise NotImplementedError(f"argument of type: {type(a)}")
+            node = self.create_node("call_function", FreshObject(copy_inputs(a)), (), {})
+            node.meta["hc_type"] = type(a)
+            self._objects[id(a)] = (a, node)  # kept alive, so that its id stays its own
+        return self._objects[id(a)][1]
+
+    def _is_of_a_module(self, a: Any) -> bool:
+        """Whether an object is no value of this call but a method, a function, or something that a module holds."""
+        return not hasattr(a, "__dict__") or any(a is v for m in self.root.modules() for v in m.__dict__.values())
 
     def _proxy_of(self, node: fx.Node, value: Any) -> ValueProxy:
         if isinstance(value, torch.Tensor):
@@ -296,7 +321,12 @@ class ValueTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         self._paths.append(path)
         try:
-            return super().call_module(m, forward, args, kwargs)
+            output = super().call_module(m, forward, args, kwargs)
+            if path in self.observed:
+                given = (self.create_arg(args), self.create_arg(kwargs), self.create_arg(output))
+                module = self.create_node("get_attr", path, (), {})
+                self.create_node("call_function", call_hooks, (module, *given), {})
+            return output
         except CannotInline:
             raise
         except Exception as error:
