@@ -235,7 +235,12 @@ def _check_placement(graph: fx.Graph, work: nn.Module) -> None:
     constants: set[Any] = set()
     for node in graph.nodes:
         if node.target not in CHECKS:
-            fx.node.map_aggregate((node.args, node.kwargs), constants.add)  # type: ignore[arg-type, func-returns-value]
+            held: list[Any] = []
+            fx.node.map_aggregate((node.args, node.kwargs), held.append)  # type: ignore[arg-type, func-returns-value]
+            line = node.stack_trace or ""  # one that names a dtype itself has not read it
+            constants.update(
+                v for v in held if isinstance(v, (torch.dtype, torch.device)) and str(v).rpartition(".")[2] not in line
+            )
     first = next(node for node in graph.nodes if node.op != "placeholder")
     for attribute in ("dtype", "device"):
         value = getattr(like, attribute)

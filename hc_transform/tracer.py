@@ -194,8 +194,10 @@ class ValueTracer(fx.Tracer):
             made.meta["hc_on_values"] = True
 
     def refuse_in_submodule(self, reason: str) -> None:
-        """Leave the module that is being traced a leaf, unless it is the root."""
-        if self._paths[-1] and not self.probing:
+        """Leave the module that is being traced a leaf, unless it is the root or holds modules that add."""
+        path = self._paths[-1]
+        holds_others = any(other.startswith(path + ".") for other in self.inline)
+        if path and not holds_others and not self.probing:
             raise CannotInline(self._paths[-1], reason)
 
     def look_at(self, value: Any, name: str) -> Any:

@@ -1104,6 +1104,25 @@ def test_decisions_on_values(kind, place):
     assert reasons(hc, "of a tensor") == (["0"] if place == "block" else [])
 
 
+class LayerDrop(nn.Module):
+    """A stack of blocks that draws whether to leave one out; with p=0 it never does."""
+
+    def __init__(self, p=0.0):
+        super().__init__()
+        self.blocks, self.p = nn.ModuleList(Residual(Mixing()) for _ in range(3)), p
+
+    def forward(self, x):
+        for block in self.blocks:
+            if not (self.training and torch.rand(1).item() <= self.p):
+                x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_stack_that_decides_on_values_is_looked_into(training):
+    check(nn.Sequential(LayerDrop(), nn.Linear(8, 8)).train(training), (rows(),), 3, trunks=1)
+
+
 @pytest.mark.parametrize("kind", DECISIONS)
 def test_decisions_on_values_in_the_root(kind):
     model = Deciding(DECISIONS[kind], True).double()

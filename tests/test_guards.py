@@ -150,3 +150,30 @@ def test_containers_as_defaults():
     hc = hct.convert(model, (x,))
     for args in ((x,), (x, {"scale": 0.5}), (x, {}, [x, x]), (x,)):
         torch.testing.assert_close(hc(*args), model(*args))
+
+
+class ReadsItsDtype(nn.Module):
+    def __init__(self, explicit):
+        super().__init__()
+        self.f, self.g, self.explicit = Mixing(), Mixing(), explicit
+
+    @property
+    def dtype(self):
+        return next(self.parameters()).dtype
+
+    def forward(self, x):
+        if self.explicit:
+            x = x.to(torch.float32).to(x.dtype)
+        else:
+            x = x.to(self.dtype)
+        x = x + self.f(x)
+        return x + self.g(x)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_a_dtype_read_from_the_parameters(explicit):
+    model, x = ReadsItsDtype(explicit), torch.randn(2, 5, 8)
+    hc = hct.convert(model, (x,))
+    model.double(), hc.double()
+    assert error(hc(x.double()), model(x.double())) <= 1e-10
+    assert len(hc._variants) == (0 if explicit else 1), "only what was read from the parameters is checked"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +81,17 @@ def _timm(name: str, expected: Expected) -> Case:
     return Case(f"timm:{name}", make, inputs, expected, lambda: inputs(1, smaller=True))
 
 
+def _smaller_mvit(name: str) -> nn.Module:
+    """Return a video MViT for clips of half the size on each side: its size is fixed, and no argument sets it."""
+    from torchvision import models
+    from torchvision.models.video import mvit
+
+    plain = mvit._mvit
+    smaller = {"spatial_size": (112, 112), "temporal_size": 8}
+    with mock.patch.object(mvit, "_mvit", lambda **settings: plain(**{**settings, **smaller})):
+        return models.get_model(name, weights=None)
+
+
 def _torchvision(name: str, expected: Expected) -> Case:
     kind, _, bare = name.rpartition("/")
 
@@ -90,13 +102,17 @@ def _torchvision(name: str, expected: Expected) -> Case:
             return models.get_model(bare, weights=None, weights_backbone=None).backbone
         if kind == "segmentation":
             return models.get_model(bare, weights=None, weights_backbone=None)
+        if bare.startswith("mvit"):
+            return _smaller_mvit(bare)
         return models.get_model(bare, weights=None)
 
     size = (224, 224)
     if kind in ("detection", "segmentation"):
-        size = (128, 128)
+        size = (300, 300) if bare.startswith("ssd300") else (128, 128)
+    elif bare.startswith("mvit"):
+        size = (8, 112, 112)
     elif kind == "video":
-        size = (16, 224, 224) if bare.startswith(("mvit", "s3d")) else (8, 64, 64)
+        size = (16, 224, 224) if bare == "s3d" else (8, 64, 64)
     elif bare.startswith(("resnet", "resnext", "wide_resnet", "regnet", "shufflenet", "mobilenet", "mnasnet")):
         size = (128, 128)
     elif bare == "inception_v3":
