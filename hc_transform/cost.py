@@ -273,6 +273,6 @@ def _hint(expression: Any) -> int:
 
     if isinstance(expression, int):
         return expression
-    sizes = V.graph.sizevars
+    sizes: Any = V.graph.sizevars
     hint = getattr(sizes, "optimization_hint", None) or sizes.size_hint
     return int(hint(expression, fallback=0))

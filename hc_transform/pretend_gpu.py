@@ -95,6 +95,7 @@ def _moved(gm: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
     for node in gm.graph.nodes:
         node.args, node.kwargs = (fx.node.map_aggregate(value, _on_gpu) for value in (node.args, node.kwargs))
     mode = detect_fake_mode(inputs)
+    assert mode is not None  # Inductor's graphs have fake inputs
     with mode:
         fakes = [
             torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=GPU) if isinstance(x, torch.Tensor) else x

@@ -10,6 +10,7 @@ h_post[i] and h_res[i][j] (Hyper-Connections, arXiv 2409.19606, eq. 1 to 5):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def read(streams: Sequence[Tensor], coefficients: Coefficients | FractionCoeffic
     """
     dtype = streams[0].dtype
     if isinstance(coefficients, Coefficients):
-        return _weighted_sum(coefficients.h_pre, streams, dtype)
+        return stored([_weighted_sum(coefficients.h_pre, streams, dtype)])[0]
     rows = _fractions(streams, coefficients)
     views = [
         torch.cat([_weighted_sum(weights, rows, dtype) for weights in view], coefficients.axis)
@@ -87,15 +88,14 @@ def write(
     if isinstance(coefficients, FractionCoefficients):
         return _write_fractions(streams, branch, coefficients, dtype)
     if coefficients.h_res is None:
-        y = _upcast(branch)
         pairs = zip(streams, coefficients.h_post, strict=True)
         if branch_first:
-            return tuple((y * post + _upcast(stream)).to(dtype) for stream, post in pairs)
-        return tuple((_upcast(stream) + y * post).to(dtype) for stream, post in pairs)
+            return stored([(_product(branch, post) + stream).to(dtype) for stream, post in pairs])
+        return stored([(stream + _product(branch, post)).to(dtype) for stream, post in pairs])
     rows = zip(coefficients.h_res, coefficients.h_post, strict=True)
     if branch_first:
-        return tuple(_weighted_sum((post, *row), (branch, *streams), dtype) for row, post in rows)
-    return tuple(_weighted_sum((*row, post), (*streams, branch), dtype) for row, post in rows)
+        return stored([_weighted_sum((post, *row), (branch, *streams), dtype) for row, post in rows])
+    return stored([_weighted_sum((*row, post), (*streams, branch), dtype) for row, post in rows])
 
 
 def mix(streams: Sequence[Tensor], coefficients: Coefficients | FractionCoefficients) -> Streams:
@@ -260,10 +260,76 @@ def _weighted_sum(weights: Sequence[Tensor], values: Sequence[Tensor], dtype: to
 
     Values come first in each product, so that the result has their memory format (channels last).
     """
-    total = _upcast(values[0]) * weights[0]
+    return _sum_of_products(dtype, *weights, *values)
+
+
+@torch.compiler.allow_in_graph
+def _sum_of_products(dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+    """Return the sum for as many weights as values; Dynamo need not look at each product."""
+    weights, values = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    total = _product(values[0], weights[0])
     for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + _upcast(value) * weight
+        total = total + _product(value, weight)
     return total.to(dtype)
+
+
+def _product(value: Tensor, weight: Tensor) -> Tensor:
+    """Return ``value * weight`` in at least fp32.
+
+    A weight with axes promotes the product itself. A copy of the value in fp32 is then no value of
+    its own, which a compiled backward pass would keep in place of the half as large original.
+    """
+    return value * weight if weight.dim() else _upcast(value) * weight
+
+
+def stored(values: Sequence[Tensor]) -> Streams:
+    """Return ``values``; in compiled code their gradients are added up and written to memory once.
+
+    Every use of a stream gives a part of its gradient, and several kernels read the sum. Inductor would save
+    the parts, some of them in fp32, and add them up in each kernel anew.
+    """
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return _stored(*values)
+    return tuple(values)
+
+
+@torch.compiler.allow_in_graph
+def _stored(*values: Tensor) -> Streams:
+    return _Stored.apply(*values)
+
+
+class _Stored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor) -> Streams:
+        return tuple([value.clone() for value in values])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        teach_inductor()
+        return tuple([_store(gradient) for gradient in gradients])
+
+
+@torch.library.custom_op("hc_transform::store", mutates_args=())
+def _store(x: Tensor) -> Tensor:
+    """Return ``x``; Inductor puts it into memory here, and does not compute it in every kernel that uses it."""
+    return x.clone()
+
+
+@_store.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@functools.cache
+def teach_inductor() -> None:
+    """Tell Inductor how to compile ``hc_transform::store``, which otherwise is a copy."""
+    from torch._inductor import lowering
+
+    def stored_in_memory(x: Any) -> Any:
+        x.realize()
+        return x
+
+    lowering.register_lowering(torch.ops.hc_transform.store.default, type_promotion_kind=None)(stored_in_memory)
 
 
 def _upcast(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from .projection import without_autocast
 
 INITS = ("paper", "mirrored")
 MIRRORED_SPREAD = 0.5
+MAX_UNROLLED = 8  # streams; n * n numbers a token as n * n tensors, above it compiling takes too long
 
 
 class Connection(nn.Module):
@@ -79,8 +80,19 @@ class Connection(nn.Module):
             return recomputed(self._forward, *streams)
         return self._forward(*streams)
 
+    def compiled_coefficients(self, streams: Sequence[Tensor]) -> Coefficients | None:
+        """Return the coefficients as single numbers of a token, the form that a compiler fuses best.
+
+        None, the default, leaves them to :meth:`coefficients`. See :mod:`hc_transform.connections.per_token`.
+        """
+        return None
+
     def _forward(self, *streams: Tensor) -> Coefficients | FractionCoefficients:
         with without_autocast(streams[0]):
+            if torch.compiler.is_compiling() and self.num_streams <= MAX_UNROLLED:
+                compiled = self.compiled_coefficients(streams)
+                if compiled is not None:
+                    return compiled
             h_pre, h_post, h_res = self.coefficients(streams)
         rows = None if h_res is None else tuple(self._split(row) for row in h_res.unbind(-2))
         return Coefficients(self._split(h_pre), self._split(h_post), rows)
