@@ -165,6 +165,8 @@ def row_products(streams: Sequence[Tensor], weight: Tensor, axis: int) -> Entrie
     their own, that reads the streams again.
     """
     weight = full_precision(weight)
+    if len(streams) > 1 and all(stream is streams[0] for stream in streams):  # as they are where a trunk begins
+        streams, weight = streams[:1], weight.sum(0, keepdim=True)
     if weight.numel() * 2 <= UNROLLED_BYTES:
         return _RowProducts.apply(weight, axis, *streams)
     return _MatrixProducts.apply(weight, axis, *streams).unbind(0)
