@@ -1,9 +1,10 @@
-"""The command line: ``python -m hc_transform show SPEC``."""
+"""The command line: ``python -m hc_transform show SPEC`` and ``python -m hc_transform bench SPEC``."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from torch import nn
 
 from .connections import CONNECTIONS
 from .connections.base import INITS
-from .convert import convert
+from .convert import SCOPES, convert
+from .cost import H100_BANDWIDTH
 from .errors import HCTransformError
 from .examples import example_inputs, random_input
 from .options import READOUTS, SHORTCUTS
@@ -23,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0, or 1 for an error that was printed."""
     options = _parser().parse_args(argv)
     try:
-        return show(options)
+        return options.run(options)
     except HCTransformError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
     except SpecError as error:
@@ -33,34 +35,76 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def show(options: argparse.Namespace) -> int:
     """Convert and verify the model of ``options.spec``, and print the report."""
-    torch.manual_seed(0)
-    model, example = load(options.spec)
-    if options.input is not None:
-        example = (random_input(options.input, model),)
-    elif example is None:
-        found = example_inputs(model)
-        if found is None:
-            raise SpecError(f"{options.spec} carries no example input; give its shape with --input 1x3x224x224")
-        example = found[0]
-        if found[1]:
-            example = tuple(found[1].values())
+    model, example = _model_and_inputs(options)
     model.eval()
-    hc = convert(
-        model,
-        example,
-        num_streams=options.streams,
-        num_fractions=options.fractions,
-        connection=options.connection,
-        init=options.init,
-        readout=options.readout,
-        shortcuts=options.shortcuts,
-    )
+    hc = convert(model, example, **_conversion(options))
     print(hc.hc_report)
     if options.graph:
         print(f"\n{hc.graph}")
     if options.code:
         print(f"\n{hc.print_readable(print_output=False)}")
     return 0
+
+
+def benchmark(options: argparse.Namespace) -> int:
+    """Measure the model of ``options.spec`` before and after conversion, and print the table."""
+    from .bench import bench, table
+
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model, example = _model_and_inputs(options)
+    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[options.dtype])
+    model = model.to(device, dtype)
+    inputs = tuple(_moved(x, device, dtype) for x in example)
+    model.train(options.mode == "train")
+    hc = convert(model, inputs, verify=False, **_conversion(options))
+    figures = bench(
+        {"plain": model, f"{options.connection}, n = {options.streams or hc._options.num_streams}": hc},
+        inputs,
+        mode=options.mode,
+        repeats=options.repeats,
+        compiled=options.compile,
+    )
+    if options.json:
+        print(json.dumps({name: f.to_dict() for name, f in figures.items()}, indent=1))
+        return 0
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{options.spec}, {options.mode}, {options.dtype}, {where}, torch {torch.__version__}\n")
+    print(table(figures, options.bandwidth * 1e12))
+    return 0
+
+
+def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
+
+
+def _model_and_inputs(options: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...]]:
+    """Return the model that the command line names, and example inputs of the shape it gives or of the model's own."""
+    torch.manual_seed(0)
+    model, example = load(options.spec)
+    if options.input is not None:
+        return model, (random_input(options.input, model),)
+    if example is not None:
+        return model, example
+    found = example_inputs(model)
+    if found is None:
+        raise SpecError(f"{options.spec} carries no example input; give its shape with --input 1x3x224x224")
+    return model, tuple(found[1].values()) if found[1] else found[0]
+
+
+def _conversion(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of convert that the command line gives."""
+    return dict(
+        num_streams=options.streams,
+        num_fractions=options.fractions,
+        connection=options.connection,
+        init=options.init,
+        readout=options.readout,
+        shortcuts=options.shortcuts,
+        recompute=options.recompute,
+        scope=options.scope,
+    )
 
 
 class SpecError(Exception):
@@ -111,6 +155,26 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hc_transform", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     command = commands.add_parser("show", help="convert a model, verify it and print what was done")
+    _add_conversion(command)
+    command.add_argument("--graph", action="store_true", help="print the rewritten graph")
+    command.add_argument("--code", action="store_true", help="print the rewritten graph as Python code")
+    command.set_defaults(run=show)
+    command = commands.add_parser("bench", help="time a model and its conversion side by side")
+    _add_conversion(command)
+    command.add_argument("--mode", choices=("train", "infer"), default="train")
+    command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
+    command.add_argument("--device", help="where to run (default: CUDA where there is one, else the CPU)")
+    command.add_argument("--repeats", type=int, default=10, metavar="R", help="timed repetitions (default 10)")
+    command.add_argument("--no-compile", dest="compile", action="store_false", help="eager mode alone")
+    command.add_argument(
+        "--bandwidth", type=float, default=H100_BANDWIDTH / 1e12, metavar="TB/S", help="of the GPU that is estimated"
+    )
+    command.add_argument("--json", action="store_true", help="print everything as JSON")
+    command.set_defaults(run=benchmark)
+    return parser
+
+
+def _add_conversion(command: argparse.ArgumentParser) -> None:
     command.add_argument("spec", metavar="SPEC", help="torchvision:NAME, timm:NAME or package.module:callable")
     command.add_argument("--streams", type=int, metavar="N", help="number of streams (default 4, or 1 for frac)")
     command.add_argument("--fractions", type=int, metavar="M", help="fractions of each stream, for frac (default 4)")
@@ -118,10 +182,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--connection", choices=tuple(CONNECTIONS), default="dynamic")
     command.add_argument("--init", choices=INITS, default="paper")
     command.add_argument("--shortcuts", choices=SHORTCUTS, default="break")
+    command.add_argument("--recompute", action="store_true", help="recompute reads and writes in the backward pass")
+    command.add_argument("--scope", choices=SCOPES, default="auto")
     command.add_argument("--input", type=_shape, metavar="SHAPE", help="shape of the example input, 1x3x224x224")
-    command.add_argument("--graph", action="store_true", help="print the rewritten graph")
-    command.add_argument("--code", action="store_true", help="print the rewritten graph as Python code")
-    return parser
 
 
 if __name__ == "__main__":

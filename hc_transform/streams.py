@@ -10,6 +10,7 @@ h_post[i] and h_res[i][j] (Hyper-Connections, arXiv 2409.19606, eq. 1 to 5):
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,6 +32,20 @@ class Coefficients(NamedTuple):
     h_res: tuple[tuple[Tensor, ...], ...] | None
 
 
+class CompiledCoefficients(NamedTuple):
+    """:class:`Coefficients` of compiled code, with other names of the streams they were made from.
+
+    The gradient that :func:`write` gives to ``written_from`` is added to that of the coefficients, which
+    comes last: the kernel that adds up both then computes the first, in place of reading it from memory.
+    """
+
+    h_pre: tuple[Tensor, ...]
+    h_post: tuple[Tensor, ...]
+    h_res: tuple[tuple[Tensor, ...], ...] | None
+    made_from: tuple[Tensor, ...]
+    written_from: tuple[Tensor, ...]
+
+
 class FractionCoefficients(NamedTuple):
     """The weights of a connection that joins fractions of streams (arXiv 2503.14125).
 
@@ -47,6 +62,9 @@ class FractionCoefficients(NamedTuple):
     axis: int
 
 
+AnyCoefficients = Coefficients | CompiledCoefficients | FractionCoefficients
+
+
 def expand(x: Tensor, num_streams: int) -> Streams:
     """Return ``num_streams`` streams, all equal to ``x``.
 
@@ -56,14 +74,14 @@ def expand(x: Tensor, num_streams: int) -> Streams:
     return (x,) * num_streams
 
 
-def read(streams: Sequence[Tensor], coefficients: Coefficients | FractionCoefficients) -> Tensor:
+def read(streams: Sequence[Tensor], coefficients: AnyCoefficients) -> Tensor:
     """Return the branch input ``sum_i h_pre[i] X[i]``, of a stream's shape and dtype.
 
     With several input views (:class:`FractionCoefficients`) they are stacked on a new first axis.
     """
     dtype = streams[0].dtype
-    if isinstance(coefficients, Coefficients):
-        return _weighted_sum(coefficients.h_pre, streams, dtype)
+    if not isinstance(coefficients, FractionCoefficients):
+        return stored([_weighted_sum(coefficients.h_pre, streams, dtype)])[0]
     rows = _fractions(streams, coefficients)
     views = [
         torch.cat([_weighted_sum(weights, rows, dtype) for weights in view], coefficients.axis)
@@ -75,7 +93,7 @@ def read(streams: Sequence[Tensor], coefficients: Coefficients | FractionCoeffic
 def write(
     streams: Sequence[Tensor],
     branch: Tensor,
-    coefficients: Coefficients | FractionCoefficients,
+    coefficients: AnyCoefficients,
     branch_first: bool = False,
 ) -> Streams:
     """Return the streams after one branch, ``X'[i] = sum_j h_res[i][j] X[j] + h_post[i] y``.
@@ -86,19 +104,20 @@ def write(
     dtype = torch.promote_types(streams[0].dtype, branch.dtype)
     if isinstance(coefficients, FractionCoefficients):
         return _write_fractions(streams, branch, coefficients, dtype)
+    if isinstance(coefficients, CompiledCoefficients) and coefficients.made_from[0] is streams[0]:
+        streams = coefficients.written_from
     if coefficients.h_res is None:
-        y = _upcast(branch)
         pairs = zip(streams, coefficients.h_post, strict=True)
         if branch_first:
-            return tuple((y * post + _upcast(stream)).to(dtype) for stream, post in pairs)
-        return tuple((_upcast(stream) + y * post).to(dtype) for stream, post in pairs)
+            return stored([(_product(branch, post) + stream).to(dtype) for stream, post in pairs])
+        return stored([(stream + _product(branch, post)).to(dtype) for stream, post in pairs])
     rows = zip(coefficients.h_res, coefficients.h_post, strict=True)
     if branch_first:
-        return tuple(_weighted_sum((post, *row), (branch, *streams), dtype) for row, post in rows)
-    return tuple(_weighted_sum((*row, post), (*streams, branch), dtype) for row, post in rows)
+        return stored([_weighted_sum((post, *row), (branch, *streams), dtype) for row, post in rows])
+    return stored([_weighted_sum((*row, post), (*streams, branch), dtype) for row, post in rows])
 
 
-def mix(streams: Sequence[Tensor], coefficients: Coefficients | FractionCoefficients) -> Streams:
+def mix(streams: Sequence[Tensor], coefficients: AnyCoefficients) -> Streams:
     """Return the part of :func:`write` that comes from the streams, ``sum_j h_res[i][j] X[j]``."""
     dtype = streams[0].dtype
     if coefficients.h_res is None:
@@ -109,9 +128,9 @@ def mix(streams: Sequence[Tensor], coefficients: Coefficients | FractionCoeffici
     return tuple(_weighted_sum(row, streams, dtype) for row in coefficients.h_res)
 
 
-def distribute(branch: Tensor, coefficients: Coefficients | FractionCoefficients) -> Streams:
+def distribute(branch: Tensor, coefficients: AnyCoefficients) -> Streams:
     """Return the part of :func:`write` that comes from the branch, ``h_post[i] y``."""
-    if isinstance(coefficients, Coefficients):
+    if not isinstance(coefficients, FractionCoefficients):
         return tuple((_upcast(branch) * post).to(branch.dtype) for post in coefficients.h_post)
     ys = branch.chunk(coefficients.num_fractions, coefficients.axis)
     rows = [_weighted_sum(post, _given_to(k, post, ys), branch.dtype) for k, post in enumerate(coefficients.h_post)]
@@ -144,7 +163,7 @@ def _merged(rows: Sequence[Tensor], coefficients: FractionCoefficients) -> Strea
     return tuple(torch.cat(tuple(rows[k : k + m]), coefficients.axis) for k in range(0, len(rows), m))
 
 
-def read_recomputed(streams: Sequence[Tensor], coefficients: Coefficients | FractionCoefficients) -> Tensor:
+def read_recomputed(streams: Sequence[Tensor], coefficients: AnyCoefficients) -> Tensor:
     """Return :func:`read`, done again in the backward pass in place of saving its intermediate values."""
     return recomputed(read, streams, coefficients)
 
@@ -152,7 +171,7 @@ def read_recomputed(streams: Sequence[Tensor], coefficients: Coefficients | Frac
 def write_recomputed(
     streams: Sequence[Tensor],
     branch: Tensor,
-    coefficients: Coefficients | FractionCoefficients,
+    coefficients: AnyCoefficients,
     branch_first: bool = False,
 ) -> Streams:
     """Return :func:`write`, done again in the backward pass in place of saving its intermediate values."""
@@ -277,10 +296,100 @@ def _weighted_sum(weights: Sequence[Tensor], values: Sequence[Tensor], dtype: to
 
     Values come first in each product, so that the result has their memory format (channels last).
     """
-    total = _upcast(values[0]) * weights[0]
+    return _sum_of_products(dtype, *weights, *values)
+
+
+@torch.compiler.allow_in_graph
+def _sum_of_products(dtype: torch.dtype, *tensors: Tensor) -> Tensor:
+    """Return the sum for as many weights as values; Dynamo need not look at each product."""
+    weights, values = tensors[: len(tensors) // 2], tensors[len(tensors) // 2 :]
+    total = _product(values[0], weights[0])
     for weight, value in zip(weights[1:], values[1:], strict=True):
-        total = total + _upcast(value) * weight
+        total = total + _product(value, weight)
     return total.to(dtype)
+
+
+def _product(value: Tensor, weight: Tensor) -> Tensor:
+    """Return ``value * weight`` in at least fp32.
+
+    A weight with axes promotes the product itself. A copy of the value in fp32 is then no value of
+    its own, which a compiled backward pass would keep in place of the half as large original.
+    """
+    return value * weight if weight.dim() else _upcast(value) * weight
+
+
+def stored(values: Sequence[Tensor]) -> Streams:
+    """Return ``values``; in compiled code their gradients are added up and written to memory once.
+
+    Every use of a stream gives a part of its gradient, and several kernels read the sum. Inductor would save
+    the parts, some of them in fp32, and add them up in each kernel anew.
+    """
+    if torch.compiler.is_compiling() and torch.is_grad_enabled():
+        return _stored(*values)
+    return tuple(values)
+
+
+@torch.compiler.allow_in_graph
+def twice(*values: Tensor) -> Streams:
+    """Return ``values`` and again ``values``; the gradients of both are added up last."""
+    return _Twice.apply(*values)
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor) -> Streams:
+        return tuple([value.clone() for value in (*values, *values)])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        n = len(gradients) // 2
+        return tuple([a + b for a, b in zip(gradients[:n], gradients[n:], strict=True)])
+
+
+@torch.compiler.allow_in_graph
+def _stored(*values: Tensor) -> Streams:
+    return _Stored.apply(*values)
+
+
+class _Stored(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor) -> Streams:
+        return tuple([value.clone() for value in values])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return tuple([in_memory(gradient) for gradient in gradients])
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """Return ``x``; compiled code puts it into memory here, and does not compute it in every kernel that uses it."""
+    _teach_inductor()
+    return _store(x)
+
+
+@torch.library.custom_op("hc_transform::store", mutates_args=())
+def _store(x: Tensor) -> Tensor:
+    return x.clone()
+
+
+@_store.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+_store.register_autograd(lambda ctx, gradient: gradient)
+
+
+@functools.cache
+def _teach_inductor() -> None:
+    """Tell Inductor how to compile ``hc_transform::store``, which otherwise is a copy."""
+    from torch._inductor import lowering
+
+    def stored_in_memory(x: Any) -> Any:
+        x.realize()
+        return x
+
+    lowering.register_lowering(torch.ops.hc_transform.store.default, type_promotion_kind=None)(stored_in_memory)
 
 
 def _upcast(x: Tensor) -> Tensor:

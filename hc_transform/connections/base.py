@@ -8,11 +8,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..streams import Coefficients, FractionCoefficients, recomputed
+from ..streams import AnyCoefficients, Coefficients, CompiledCoefficients, recomputed, twice
 from .projection import without_autocast
 
 INITS = ("paper", "mirrored")
 MIRRORED_SPREAD = 0.5
+MAX_UNROLLED = 8  # streams; n * n numbers a token as n * n tensors, above it compiling takes too long
 
 
 class Connection(nn.Module):
@@ -70,7 +71,7 @@ class Connection(nn.Module):
         """
         raise NotImplementedError
 
-    def forward(self, streams: Sequence[Tensor]) -> Coefficients | FractionCoefficients:
+    def forward(self, streams: Sequence[Tensor]) -> AnyCoefficients:
         """Return the coefficients for ``streams``, n tensors of one shape.
 
         They are computed in fp32 (fp64 for fp64 parameters) whatever the autocast state.
@@ -79,11 +80,31 @@ class Connection(nn.Module):
             return recomputed(self._forward, *streams)
         return self._forward(*streams)
 
-    def _forward(self, *streams: Tensor) -> Coefficients | FractionCoefficients:
+    def compiled_coefficients(self, streams: Sequence[Tensor]) -> Coefficients | None:
+        """Return the coefficients as single numbers of a token, the form that a compiler fuses best.
+
+        None, the default, leaves them to :meth:`coefficients`. See :mod:`hc_transform.connections.per_token`.
+        """
+        return None
+
+    def _forward(self, *streams: Tensor) -> AnyCoefficients:
         with without_autocast(streams[0]):
+            if torch.compiler.is_compiling() and self.num_streams <= MAX_UNROLLED:
+                compiled = self._compiled(streams)
+                if compiled is not None:
+                    return compiled
             h_pre, h_post, h_res = self.coefficients(streams)
         rows = None if h_res is None else tuple(self._split(row) for row in h_res.unbind(-2))
         return Coefficients(self._split(h_pre), self._split(h_post), rows)
+
+    def _compiled(self, streams: tuple[Tensor, ...]) -> AnyCoefficients | None:
+        n = self.num_streams
+        fresh = n > 1 and streams[0] is streams[1]
+        if not self.needs_dim or fresh or not torch.is_grad_enabled():
+            return self.compiled_coefficients(streams)
+        names = twice(*streams)
+        compiled = self.compiled_coefficients(names[:n])
+        return None if compiled is None else CompiledCoefficients(*compiled, streams, names[n:])
 
     def _split(self, weights: Tensor) -> tuple[Tensor, ...]:
         """Return the n entries of ``[..., n]``, the feature axis put back with size 1."""

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ..sinkhorn import sinkhorn
+from ..streams import Coefficients
 from .base import Connection, starting_reads, starting_writes
+from .per_token import constrained_entries, in_rows, kronecker_entries
 from .projection import EPS, full_precision, project_flattened
 
 SCALE = 0.01
@@ -87,6 +89,22 @@ class ConstrainedConnection(Connection):
             return h_pre, h_post, None
         return h_pre, h_post, self.manifold(_affine(res, self.scale_res, self.bias_res))
 
+    def compiled_coefficients(self, streams: Sequence[Tensor]) -> Coefficients:
+        """Return the same, number by number."""
+        n = self.num_streams
+        parameters = [self.scale_pre, self.bias_pre, self.scale_post, self.bias_post]
+        if self.sizes[2]:
+            parameters += [self.scale_res, self.bias_res]
+        sizes = tuple(self.sizes[: len(parameters) // 2])
+        entries = constrained_entries(
+            self.feature_axis, sizes, self.norm_eps, self.eps, self.projection, *parameters, *streams
+        )
+        return in_rows((*entries[: 2 * n], *(self.manifold_entries(entries[2 * n :]) if self.sizes[2] else ())), n)
+
+    def manifold_entries(self, logits: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return h_res row by row, n * n tensors, for r tensors of one logit a token: :meth:`manifold` of them."""
+        return self.manifold(torch.stack(tuple(logits), -1)).flatten(-2).unbind(-1)
+
 
 class MHCConnection(ConstrainedConnection):
     """mHC: h_res is doubly stochastic by Sinkhorn-Knopp.
@@ -145,6 +163,10 @@ class MHCLiteConnection(ConstrainedConnection):
         """Return the combination of permutations."""
         return _combine(logits, self.permutations)
 
+    def manifold_entries(self, logits: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the combination of permutations, entry by entry."""
+        return kronecker_entries((self.num_streams,), *logits)
+
 
 class KromHCConnection(ConstrainedConnection):
     """KromHC: h_res is a Kronecker product of small doubly stochastic matrices.
@@ -184,6 +206,10 @@ class KromHCConnection(ConstrainedConnection):
             product = matrix if product is None else _kronecker(product, matrix)
         assert product is not None
         return product
+
+    def manifold_entries(self, logits: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return the Kronecker product, entry by entry."""
+        return kronecker_entries(tuple(self.factors), *logits)
 
 
 class IdentityConnection(ConstrainedConnection):

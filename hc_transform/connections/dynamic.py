@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..streams import Coefficients
+from .per_token import dynamic_entries, in_rows
 from .projection import full_precision, project_normed
 from .static import StaticConnection
 
@@ -57,3 +59,9 @@ class DynamicConnection(StaticConnection):
             h_post + scale_beta * torch.stack(post, -1),
             h_res + scale_alpha * torch.stack(res, -1),  # source j stacked last: [target, source]
         )
+
+    def compiled_coefficients(self, streams: Sequence[Tensor]) -> Coefficients:
+        """Return the same, number by number."""
+        parameters = (self.h_pre, self.h_post, self.h_res, self.scale_alpha, self.scale_beta)
+        entries = dynamic_entries(self.feature_axis, self.tanh, self.projection, *parameters, *streams)
+        return in_rows(entries, self.num_streams)

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..streams import Coefficients
 from .base import Connection, starting_reads, starting_writes
+from .per_token import in_rows, static_entries
 from .projection import full_precision
 
 
@@ -30,3 +32,8 @@ class StaticConnection(Connection):
     def coefficients(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parameters themselves, in at least fp32."""
         return full_precision(self.h_pre), full_precision(self.h_post), full_precision(self.h_res)
+
+    def compiled_coefficients(self, streams: Sequence[Tensor]) -> Coefficients:
+        """Return the parameters, expanded to the tokens."""
+        parameters = (self.h_pre, self.h_post, self.h_res)
+        return in_rows(static_entries(self.feature_axis, streams[0], *parameters), self.num_streams)

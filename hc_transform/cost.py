@@ -1,0 +1,278 @@
+"""What a compiled model costs on a GPU: kernels, bytes and saved activations, counted on any machine.
+
+Hyper-connections are bound by memory traffic. :func:`inductor_cost` has Inductor generate the code of
+an NVIDIA H100 (none is needed, and nothing runs) and counts what its kernels read and write. The
+figures do not depend on the machine or its load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .pretend_gpu import compile_for_gpu
+
+H100_BANDWIDTH = 3.35e12  # bytes a second
+
+
+@dataclass(frozen=True)
+class KernelCost:
+    """One launch: its name, the bytes that it reads and writes, and whether a library (cuBLAS, ATen) runs it."""
+
+    name: str
+    bytes: int
+    library: bool = False
+
+
+@dataclass(frozen=True)
+class GraphCost:
+    """The launches of one compiled graph, forward or backward."""
+
+    launches: tuple[KernelCost, ...] = ()
+    code: str = ""
+
+    @property
+    def kernels(self) -> int:
+        """Triton kernels."""
+        return sum(not launch.library for launch in self.launches)
+
+    @property
+    def library_calls(self) -> int:
+        """Calls of libraries and of operators that the compiler does not look into."""
+        return sum(launch.library for launch in self.launches)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes read and written by all of them."""
+        return sum(launch.bytes for launch in self.launches)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The cost of one function: its graphs, and the bytes kept from forward to backward.
+
+    ``saved_bytes`` leaves out inputs and parameters, which are there anyway.
+    """
+
+    forward: GraphCost
+    backward: GraphCost
+    saved_bytes: int
+
+    @property
+    def kernels(self) -> int:
+        """Triton kernels and library calls of both graphs."""
+        return len(self.forward.launches) + len(self.backward.launches)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of both graphs."""
+        return self.forward.bytes + self.backward.bytes
+
+    def milliseconds(self, bandwidth: float = H100_BANDWIDTH) -> tuple[float, float]:
+        """Return the time that forward and backward take at least, at ``bandwidth`` bytes a second.
+
+        That is the time of moving the bytes: a lower bound, which large matrix products exceed.
+        """
+        return 1e3 * self.forward.bytes / bandwidth, 1e3 * self.backward.bytes / bandwidth
+
+
+def cost_available() -> bool:
+    """Whether :func:`inductor_cost` can run here: it needs Triton's compiler, which CPU-only builds of torch lack."""
+    return importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
+
+
+def inductor_cost(function: nn.Module | Callable[..., Any], *inputs: Any, training: bool = True) -> Cost:
+    """Return what ``function(*inputs)`` costs, compiled by Inductor for an NVIDIA H100.
+
+    For each kernel every buffer that it touches counts once, with the part of it that is touched: what
+    a persistent kernel moves, and what one that loops over its rows twice at least moves. Library calls and
+    custom operators count their inputs and outputs.
+
+    Args:
+        function: a module or function that compiles into one graph; its tensors on the CPU.
+        inputs: its arguments, on the CPU.
+        training: count the backward pass too; else the forward pass is compiled under ``no_grad``.
+
+    >>> cost = inductor_cost(lambda x: x + 1, torch.zeros(1024), training=False)
+    >>> cost.forward.kernels, cost.forward.bytes
+    (1, 8192)
+    """
+    forward: list[GraphCost] = []
+    backward: list[GraphCost] = []
+    produced: dict[str, tuple[int, int]] = {}
+    saved: list[int] = []
+
+    def on_graph(lowering: Any, code: str, gm: fx.GraphModule, fakes: Sequence[Any]) -> None:
+        graph = GraphCost(tuple(_launches(lowering.scheduler.nodes)), code)
+        if lowering.is_backward:
+            backward.append(graph)
+            kept = {produced[node.name] for node in gm.graph.find_nodes(op="placeholder") if node.name in produced}
+            saved.append(sum(size for _, size in kept))
+        else:
+            forward.append(graph)
+            produced.update(_storages(gm))
+
+    with contextlib.nullcontext() if training else torch.no_grad():
+        compile_for_gpu(function, inputs, on_graph)
+    if len(forward) != 1:
+        raise RuntimeError(f"expected one graph, the compiler made {len(forward)}")
+    return Cost(forward[0], backward[0] if backward else GraphCost(), sum(saved))
+
+
+def _storages(gm: fx.GraphModule) -> dict[str, tuple[int, int]]:
+    """Return the memory, as (identity, bytes), of each tensor that ``gm`` makes; views of inputs are left out."""
+    values = {node: node.meta.get("val") for node in gm.graph.nodes}
+    found = {n: v.untyped_storage() for n, v in values.items() if isinstance(v, torch.Tensor)}
+    inputs = {storage._cdata for node, storage in found.items() if node.op == "placeholder"}
+    return {
+        node.name: (storage._cdata, int(storage.nbytes()))
+        for node, storage in found.items()
+        if storage._cdata not in inputs
+    }
+
+
+def _launches(nodes: Sequence[Any]) -> Iterator[KernelCost]:
+    """Yield the launches of Inductor's scheduler nodes."""
+    from torch._inductor import ir, scheduler
+
+    for node in nodes:
+        if isinstance(node, (scheduler.ForeachKernelSchedulerNode, scheduler.GroupedSchedulerNode)):
+            parts = list(_launches(node.snodes))
+            if isinstance(node, scheduler.ForeachKernelSchedulerNode):  # all in one kernel
+                parts = [KernelCost(node.get_name(), sum(part.bytes for part in parts))]
+            yield from parts
+        elif isinstance(node, scheduler.NopKernelSchedulerNode):
+            continue
+        elif isinstance(node, scheduler.ExternKernelSchedulerNode):
+            if isinstance(node.node, ir.MultiOutput) or not node.get_outputs():
+                continue
+            own = isinstance(node.node, ir.UserDefinedTritonKernel)
+            yield KernelCost(_name(node.node), _extern_bytes(node), library=not own)
+        else:
+            yield KernelCost(node.get_name(), _fused_bytes(node))
+
+
+def _name(node: Any) -> str:
+    return str(getattr(node, "op_overload", None) or getattr(node, "python_kernel_name", None) or node.get_name())
+
+
+def _fused_bytes(node: Any) -> int:
+    """Count each buffer that a Triton kernel touches and that is not internal to it, once."""
+    from torch._inductor.virtualized import V
+
+    inside = set(node.get_nodes())
+    written = {dep.name for dep in node.read_writes.writes}
+    total = 0
+    for name, parts in _accesses(node).items():
+        users = {user.node for user in node.scheduler.name_to_buf[name].users} if name in written else {None}
+        if not users - inside:  # lives in registers
+            continue
+        buffer = V.graph.try_get_buffer(name)
+        if buffer is None or isinstance(buffer.get_output_spec(), _layoutless()[:2]):
+            continue
+        size = _hint(_product(buffer.get_size()))
+        total += min(sum(parts.values()), size) * buffer.get_dtype().itemsize
+    return total
+
+
+def _accesses(node: Any) -> dict[str, dict[Any, int]]:
+    """Return, for each buffer, the elements that each distinct access to it touches."""
+    from torch._inductor.dependencies import MemoryDep, WeakDep
+
+    found: dict[str, dict[Any, int]] = defaultdict(dict)
+    for dep in (*node.read_writes.reads, *node.read_writes.writes):
+        if isinstance(dep, WeakDep):  # an order, not an access
+            continue
+        if not isinstance(dep, MemoryDep):
+            found[dep.name][dep] = dep.numel_hint()
+        elif dep.is_indirect():  # a gather: as many elements as the loop has steps
+            found[dep.name][dep] = _hint(_product(dep.size))
+        else:
+            found[dep.name][dep.normalize()] = _hint(dep.get_numel())
+    return found
+
+
+def _extern_bytes(node: Any) -> int:
+    """Count the inputs and outputs of a library call, an operator or a Triton kernel of the user's."""
+    inner = node.node
+    inputs = {id(value): value for value in _flat((inner.inputs, getattr(inner, "kwargs", {}))) if _is_tensor(value)}
+    mutated = set(inner.get_mutation_names())
+    total = 0
+    for value in inputs.values():
+        passes = (not _is_empty(node, value.get_name())) + (value.get_name() in mutated)
+        total += passes * _bytes(value)
+    return total + sum(_output_bytes(node, output) for output in node.get_outputs())
+
+
+def _output_bytes(node: Any, output: Any) -> int:
+    from torch._inductor import ir
+
+    layout = output.node.get_output_spec()
+    if isinstance(layout, ir.MultiOutputLayout):
+        parts = {user.node for user in output.users if isinstance(getattr(user.node, "node", None), ir.MultiOutput)}
+        return sum(_bytes(part.node) for part in parts)
+    if isinstance(layout, _layoutless()) or isinstance(output.node, ir.MutationOutput):
+        return 0
+    return _bytes(output.node)
+
+
+def _is_empty(node: Any, name: str) -> bool:
+    """Whether a buffer is freshly allocated memory, which is written and not read."""
+    from torch._inductor.scheduler import NopKernelSchedulerNode
+
+    buffer = node.scheduler.name_to_buf.get(name)
+    return buffer is not None and isinstance(buffer.defining_op, NopKernelSchedulerNode)
+
+
+def _layoutless() -> tuple[type, ...]:
+    from torch._inductor import ir
+
+    return (ir.NoneLayout, ir.MultiOutputLayout, ir.MutationLayoutSHOULDREMOVE)
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def _is_tensor(value: Any) -> bool:
+    return hasattr(value, "get_size") and hasattr(value, "get_dtype") and hasattr(value, "get_name")
+
+
+def _bytes(value: Any) -> int:
+    """Return the bytes of memory that a buffer, or a view of one, covers: expanded axes count once."""
+    stride = value.get_stride() if hasattr(value, "get_stride") else None
+    size = value.get_size()
+    if stride is not None:
+        size = [n for n, step in zip(size, stride, strict=True) if step != 0]
+    return _hint(_product(size)) * value.get_dtype().itemsize
+
+
+def _product(sizes: Sequence[Any]) -> Any:
+    result: Any = 1
+    for size in sizes:
+        result = result * size
+    return result
+
+
+def _hint(expression: Any) -> int:
+    """Return a size as a number; a symbolic one as it was in the example."""
+    from torch._inductor.virtualized import V
+
+    if isinstance(expression, int):
+        return expression
+    sizes: Any = V.graph.sizevars
+    hint = getattr(sizes, "optimization_hint", None) or sizes.size_hint
+    return int(hint(expression, fallback=0))
