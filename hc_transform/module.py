@@ -117,7 +117,8 @@ class HyperConnectedModule(fx.GraphModule):
             except DecisionChanged as change:
                 return self._run_otherwise(change, args, kwargs)
 
-        forward.__code__ = forward.__code__.replace()  # its own: torch.compile counts recompilations by code object
+        function: Any = forward
+        function.__code__ = function.__code__.replace()  # its own: torch.compile counts recompilations by code object
         cls.forward = forward
         return code
 
