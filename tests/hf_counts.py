@@ -137,7 +137,11 @@ ENCODERS: Counts = {
         "doubtful: attention (its skip is the pooled query in a block's first layer) and MLP. The decoder's "
         "upsampled + first_block_hidden is one more by the letter, with the other blocks in its branch",
     ),
-    "lilt": (lambda c: 4 * c.num_hidden_layers, "attention and MLP of the text and of the layout, two trunks"),
+    "lilt": (
+        lambda c: 4 * c.num_hidden_layers - 2,
+        "attention and MLP of the text and of the layout, two trunks; what the last layer computes of the layout "
+        "reaches no output",
+    ),
     "mobilebert": (
         lambda c: (1 + (c.num_feedforward_networks - 1) + 1 - 1) * c.num_hidden_layers,
         "doubtful: inside the bottleneck the stacked MLPs and the last one; the attention's skip is one projection of "
@@ -165,9 +169,9 @@ SEQ2SEQ: Counts = {
         "encoder: attention and MLP; decoder: attention, cross attention, MLP; sparse MLPs are one branch",
     ),
     "pegasus_x": (
-        lambda c: 4 * c.encoder_layers + 3 * c.decoder_layers,
-        "the encoder's layers have two for the tokens and two for the global tokens, which are another trunk. "
-        "Doubtful: the last layer's global ones are computed and dropped",
+        lambda c: 4 * c.encoder_layers - 2 + 3 * c.decoder_layers,
+        "the encoder's layers have two for the tokens and two for the global tokens, which are another trunk; "
+        "the last layer's global ones reach no output",
     ),
     "t5gemma": (
         lambda c: 2 * c.encoder.num_hidden_layers + 3 * c.decoder.num_hidden_layers,
@@ -195,8 +199,8 @@ def _detection(decoder: int) -> Formula:
 
 DETECTION_NOTE = (
     "the backbone's blocks with identity shortcuts; encoder: attention and MLP; decoder: attention, cross attention, "
-    "MLP. Positions are added to queries and keys only. Doubtful: the skip of the first decoder layer is zeros, "
-    "or a parameter, the same for every input"
+    "MLP. Positions are added to queries and keys only. The skip of the first decoder layer is zeros or a parameter, "
+    "the same for every input: no stream begins there"
 )
 
 VISION: Counts = {
@@ -243,7 +247,7 @@ VISION: Counts = {
         lambda c: sum(c.stage_num_blocks) - len(c.stage_num_blocks),
         "every block of a stage but the first",
     ),
-    **every("conditional_detr detr table-transformer deformable_detr", _detection(3), DETECTION_NOTE),
+    **every("conditional_detr detr table-transformer deformable_detr", lambda c: _detection(3)(c) - 1, DETECTION_NOTE),
     "cvt": (lambda c: 2 * sum(c.depth), "attention and MLP; the second sum goes through drop_path whole: carried"),
     "efficientnet": (
         lambda c: sum(math.ceil(c.depth_coefficient * repeats) - 1 for repeats in c.num_block_repeats),
@@ -287,13 +291,13 @@ VISION: Counts = {
 AUDIO: Counts = {
     **every(
         "data2vec-audio hubert unispeech unispeech-sat wav2vec2 wavlm",
-        lambda c: 2 * c.num_hidden_layers + 1,
-        "attention and MLP; the encoder's own forward adds the convolutional position embedding of x to x: by "
-        "the letter one more, on the trunk. Doubtful: without it 2 a layer",
+        lambda c: 2 * c.num_hidden_layers,
+        "attention and MLP; the encoder's own forward adds the convolutional position embedding of x to x: one more "
+        "by the letter, but in the code around a stack of blocks, which stays plain",
     ),
     "omniasr_audio": (
-        lambda c: 2 * c.num_hidden_layers + 1,
-        "attention and MLP, and x plus the convolutional position embedding of x. Doubtful: without it 2 a layer",
+        lambda c: 2 * c.num_hidden_layers,
+        "attention and MLP; x plus the convolutional position embedding of x is around the stack of blocks",
     ),
     **every(
         """audio-spectrogram-transformer glmasr_encoder qwen2_audio_encoder sew sew-d voxtral_encoder""",
