@@ -117,9 +117,9 @@ class HyperConnectedModule(fx.GraphModule):
             except DecisionChanged as change:
                 return self._run_otherwise(change, args, kwargs)
 
-        function: Any = forward
-        function.__code__ = function.__code__.replace()  # its own: torch.compile counts recompilations by code object
-        cls.forward = forward
+        own: Any = forward
+        own.__code__ = own.__code__.replace()  # torch.compile counts recompilations by code object
+        cls.forward = own
         return code
 
     def _run_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
