@@ -122,21 +122,16 @@ def measured(connection):
 
 
 # Launches forward and backward, traffic forward and backward and saved activations in units of one stream.
-RECORDED = {}
+RECORDED = {
+    "None": (5, 11, 13.3, 20.6, 3.0),
+    "static": (7, 17, 20.3, 43.8, 5.0),
+    "dynamic": (9, 28, 21.5, 56.3, 10.2),
+    "mhc": (13, 35, 29.7, 64.6, 10.3),
+    "identity": (10, 19, 21.4, 48.9, 10.1),
+}
 
 
-@pytest.mark.parametrize(
-    "connection",
-    [
-        None,
-        "static",
-        "dynamic",
-        "mhc",
-        "identity",
-        *(pytest.param(c, marks=pytest.mark.slow) for c in ("kromhc", "mhc-lite")),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("connection", [None, "static", "dynamic", "mhc", "identity"], ids=str)
 def test_recorded_figures(connection):
     figures = measured(connection)
     print(connection, figures)
