@@ -63,24 +63,6 @@ def test_an_operator_counts_its_inputs_and_outputs():
     assert [b for b, library in launches(cost.backward) if library] == [3 * size]
 
 
-def test_a_triton_kernel_counts_what_it_writes_once():
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def double(x, out, BLOCK: tl.constexpr):
-        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-        tl.store(out + i, 2 * tl.load(x + i))
-
-    def run(x):
-        out = torch.empty_like(x)
-        double[(8,)](x, out, BLOCK=128)
-        return out
-
-    cost = inductor_cost(run, torch.zeros(1024), training=False)
-    assert launches(cost.forward) == [(2 * 4096, False)]
-
-
 class Branch(nn.Module):
     def __init__(self):
         super().__init__()
@@ -122,21 +104,16 @@ def measured(connection):
 
 
 # Launches forward and backward, traffic forward and backward and saved activations in units of one stream.
-RECORDED = {}
+RECORDED = {
+    "None": (5, 11, 13.3, 20.6, 3.0),
+    "static": (7, 17, 20.3, 43.8, 5.0),
+    "dynamic": (9, 28, 21.5, 56.3, 10.2),
+    "mhc": (13, 35, 29.7, 64.6, 10.3),
+    "identity": (10, 19, 21.4, 48.9, 10.1),
+}
 
 
-@pytest.mark.parametrize(
-    "connection",
-    [
-        None,
-        "static",
-        "dynamic",
-        "mhc",
-        "identity",
-        *(pytest.param(c, marks=pytest.mark.slow) for c in ("kromhc", "mhc-lite")),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("connection", [None, "static", "dynamic", "mhc", "identity"], ids=str)
 def test_recorded_figures(connection):
     figures = measured(connection)
     print(connection, figures)

@@ -23,6 +23,7 @@ SCALE = 0.01
 READ_PEAK = 0.9  # start "paper": h_pre of the stream that is read; a sigmoid has no 1
 KEPT = 0.9  # diagonal of h_res at the start: far from the edge of the manifold, where gradients vanish
 MAX_PERMUTATIONS = 720
+MAX_UNROLLED_PERMUTATIONS = 6  # more make a compiled kernel too large to fuse
 
 
 class ConstrainedConnection(Connection):
@@ -164,7 +165,9 @@ class MHCLiteConnection(ConstrainedConnection):
         return _combine(logits, self.permutations)
 
     def manifold_entries(self, logits: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the combination of permutations, entry by entry."""
+        """Return the combination of permutations, entry by entry where they are few."""
+        if len(logits) > MAX_UNROLLED_PERMUTATIONS:
+            return super().manifold_entries(logits)
         return kronecker_entries((self.num_streams,), *logits)
 
 

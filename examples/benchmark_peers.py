@@ -1,0 +1,128 @@
+"""Time and count a transformer: plain, converted, and with lucidrains' hyper-connections applied by hand.
+
+The same pre-norm blocks in each: two residuals a block, attention and MLP. ``HyperConnections`` and ``mHCv2``
+of the ``hyper-connections`` package wrap the branches of the plain model one by one.
+
+    python examples/benchmark_peers.py --depth 6 --dim 256 --length 256 --batch 8
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import hc_transform as hct
+from hc_transform.bench import bench, table
+from hc_transform.cost import H100_BANDWIDTH
+
+
+class Attention(nn.Module):
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.norm, self.heads = nn.RMSNorm(dim), heads
+        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.RMSNorm(dim), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Transformer(nn.Module):
+    """Residual blocks between an embedding and a head."""
+
+    def __init__(self, depth: int, dim: int, heads: int, vocabulary: int = 256) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, dim)
+        self.branches = nn.ModuleList(m for _ in range(depth) for m in (Attention(dim, heads), MLP(dim)))
+        self.norm, self.head = nn.RMSNorm(dim), nn.Linear(dim, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for branch in self.branches:
+            x = x + branch(x)
+        return self.head(self.norm(x))
+
+
+class ByHand(nn.Module):
+    """The same with lucidrains' layers around the branches."""
+
+    def __init__(self, plain: Transformer, dim: int, streams: int, kind: str) -> None:
+        super().__init__()
+        if kind == "mHCv2":
+            from hyper_connections.mHCv2 import get_expand_reduce_stream_functions, mHC
+
+            layer = mHC
+        else:
+            from hyper_connections import HyperConnections, get_expand_reduce_stream_functions
+
+            layer = HyperConnections
+        self.expand, self.reduce = get_expand_reduce_stream_functions(streams)
+        self.embed, self.norm, self.head = plain.embed, plain.norm, plain.head
+        self.layers = nn.ModuleList(
+            layer(streams, dim=dim, branch=branch, layer_index=i) for i, branch in enumerate(plain.branches)
+        )
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.expand(self.embed(tokens))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.norm(self.reduce(x)))
+
+
+def main() -> None:
+    """Print one table, or JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("depth", 6), ("dim", 256), ("heads", 4), ("length", 256), ("batch", 8), ("streams", 4)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--connections", nargs="*", default=["static", "dynamic", "mhc"])
+    parser.add_argument("--peers", nargs="*", default=["HyperConnections", "mHCv2"])
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--mode", choices=("train", "infer"), default="train")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-count", dest="count", action="store_false", help="leave out kernels and bytes")
+    parser.add_argument("--bandwidth", type=float, default=H100_BANDWIDTH / 1e12, help="of the GPU, in TB/s")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    plain = Transformer(options.depth, options.dim, options.heads).to(device, getattr(torch, options.dtype))
+    tokens = torch.randint(0, 256, (options.batch, options.length), device=device)
+    models: dict[str, nn.Module] = {"plain": plain}
+    for name in options.connections:
+        models[name] = hct.convert(plain, (tokens,), connection=name, num_streams=options.streams, verify=False)
+    for name in options.peers:
+        peer = ByHand(plain, options.dim, options.streams, name)
+        models[f"lucidrains {name}"] = peer.to(device, getattr(torch, options.dtype))
+    figures = bench(
+        models,
+        (tokens,),
+        mode=options.mode,
+        repeats=options.repeats,
+        compiled=options.compile,
+        count=options.count,
+    )
+    if options.json:
+        json.dump({name: f.to_dict() for name, f in figures.items()}, sys.stdout, indent=1)
+        return
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{options.depth} blocks, {options.dim} features, {options.batch} x {options.length} tokens, {where}\n")
+    print(table(figures, options.bandwidth * 1e12))
+
+
+if __name__ == "__main__":
+    main()

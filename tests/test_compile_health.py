@@ -1,0 +1,140 @@
+"""What a compiler needs of a converted model: few compilations, no host synchronisation, export."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from checks import error, wake
+from models import GPT, Chain, ViT
+from torch._dynamo.testing import CompileCounter
+from torch._functorch.aot_autograd import aot_module_simplified
+
+import hc_transform as hct
+
+HOST = ("_local_scalar_dense", "nonzero", "masked_select", "aten.item", "aten.unique", "bincount")
+
+
+@pytest.fixture(autouse=True)
+def _fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def graphs_of(model, inputs):
+    """Return the graphs of operators, forward and backward, that a compiler is given."""
+    graphs = []
+
+    def keep(gm, example_inputs):
+        graphs.append(gm.graph)
+        return gm.forward
+
+    def backend(gm, example_inputs):
+        return aot_module_simplified(gm, example_inputs, fw_compiler=keep, bw_compiler=keep)
+
+    outputs = torch.compile(model, fullgraph=True, backend=backend)(*inputs)
+    if outputs.requires_grad:
+        outputs.sum().backward()
+    return graphs
+
+
+@pytest.mark.parametrize("connection", hct.CONNECTIONS)
+def test_nothing_waits_for_the_host(connection):
+    """CUDA graphs replay what was launched: no operator may look at a value or have a size that depends on one."""
+    x = torch.randn(2, 5, 8)
+    hc = hct.convert(wake(Chain(lambda x, f, i: x + f, 2)), (x,), connection=connection).train()
+    graphs = graphs_of(hc, (x,))
+    assert len(graphs) == 2
+    for graph in graphs:
+        targets = [str(node.target) for node in graph.nodes if node.op == "call_function"]
+        assert targets and not [t for t in targets if any(name in t for name in HOST)]
+        assert not [n for n in graph.nodes if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat))]
+
+
+@pytest.mark.parametrize("connection", hct.CONNECTIONS)
+def test_compiled_gradients_are_those_of_eager_mode(connection):
+    """The numbers of a compiled model are made one by one, with backward passes of their own."""
+    model = Chain(lambda x, f, i: x + f, 2).double()
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    hc = hct.convert(model, (x,), connection=connection).train()
+    with torch.no_grad():
+        for parameter in hc.hyper_connections.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    parameters = list(hc.parameters())
+    weight = torch.randn_like(x)
+    ours = torch.compile(hc, fullgraph=True, backend="aot_eager")(x)
+    theirs = hc(x)
+    assert error(ours, theirs) <= 1e-12
+    for a, b in zip(
+        torch.autograd.grad(ours, parameters, weight), torch.autograd.grad(theirs, parameters, weight), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("connection", ["static", "dynamic", "mhc"])
+def test_inference_leaves_out_what_training_needs(connection):
+    x = torch.randn(2, 5, 8)
+    hc = hct.convert(wake(Chain(lambda x, f, i: x + f)), (x,), connection=connection).eval()
+    with torch.no_grad():
+        (graph,) = graphs_of(hc, (x,))
+    targets = [str(node.target) for node in graph.nodes]
+    assert not [t for t in targets if "hc_transform.store" in t or "clone" in t]
+    (result,) = graph.output_node().args[0]
+    assert result.meta["val"].shape == x.shape, "nothing is kept for a backward pass"
+
+
+def test_new_lengths_and_batches_do_not_compile_again():
+    hc = hct.convert(wake(GPT()), (torch.zeros(2, 16).long(), torch.zeros(2, 16).long()), connection="static").train()
+    counter = CompileCounter()
+    compiled = torch.compile(hc, fullgraph=True, dynamic=True, backend=counter)
+    for batch, length in ((2, 16), (3, 16), (3, 20), (5, 11)):
+        x = torch.randint(0, 65, (batch, length))
+        assert error(compiled(x, x), hc(x, x)) <= 1e-5
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("connection", ["static", "dynamic", "mhc"])
+def test_export(connection):
+    x = torch.randn(2, 1, 8, 8)
+    model = wake(ViT()).eval()
+    hc = hct.convert(model, (x,), connection=connection).eval()
+    exported = torch.export.export(hc, (x,))
+    assert error(exported.module()(x), model(x)) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connection", ["static", "dynamic", "mhc"])
+def test_package(connection, tmp_path):
+    x = torch.randn(2, 1, 8, 8)
+    model = wake(ViT()).eval()
+    hc = hct.convert(model, (x,), connection=connection).eval()
+    with torch.no_grad():
+        exported = torch.export.export(hc, (x,))
+        path = torch._inductor.aoti_compile_and_package(exported, package_path=str(tmp_path / "model.pt2"))
+        assert error(torch._inductor.aoti_load_package(path)(x), model(x)) <= 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth, bound", [(12, 2.5), (24, 4.0)])
+@pytest.mark.parametrize("connection", ["static", "dynamic"])
+def test_compile_time(depth, bound, connection):
+    """One forward and backward of a ViT, cold caches: how much longer it takes to compile the converted model."""
+    timm = pytest.importorskip("timm")
+    from torch._inductor.utils import fresh_cache
+
+    def seconds(model):
+        torch._dynamo.reset()
+        x = torch.randn(2, 3, 32, 32)
+        with fresh_cache():
+            start = time.perf_counter()
+            torch.compile(model, fullgraph=True)(x).sum().backward()
+            return time.perf_counter() - start
+
+    model = timm.create_model("deit_tiny_patch16_224", img_size=32, depth=depth)
+    hc = hct.convert(model, (torch.randn(2, 3, 32, 32),), connection=connection, verify=False).train()
+    seconds(timm.create_model("deit_tiny_patch16_224", img_size=32, depth=1))  # compilers start once
+    plain, ours = seconds(model), seconds(hc)
+    print(f"{depth} blocks: plain {plain:.1f} s, {connection} {ours:.1f} s, {ours / plain:.2f} times")
+    assert ours <= bound * plain
