@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from .block_module import block_graphs
+from .carrier import TrunkValue
 from .connections import (
     CONNECTIONS,
     Connection,
@@ -76,7 +78,9 @@ __all__ = [
     "StreamEmbedding",
     "TraceError",
     "Trunk",
+    "TrunkValue",
     "UnsupportedModel",
+    "block_graphs",
     "carry",
     "convert",
     "expand",

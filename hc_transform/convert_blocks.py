@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from .additions import CONNECTIONS_NAME, DROPOUT_KEY, connection_dict, expand_key, key_of, make_connections, readout_key
-from .block_module import RUNNER, BlockError, BlockRunner, install, reads_training, relative
+from .block_module import install
+from .block_runner import RUNNER, BlockError, BlockRunner, reads_training, relative
 from .blocks import BlockPlan, BlocksPlan, container, find_holders, plan_blocks
 from .candidates import may_add
 from .connections import Connection
@@ -141,7 +142,8 @@ def _install(
                 else:
                     own[key_of(relative(name, block.path))] = by_key[key_of(name)] = connections[name]
         _add_ends(own, block, planned.plan, ends, by_key)
-        install(module, BlockRunner(block, planned.plan.options, _hints_within(hints, block.path)), nn.ModuleDict(own))
+        within = replace(hints, leaf_modules=(), inline_modules=())  # which name paths of the whole model
+        install(module, BlockRunner(block, planned.plan.options, within), nn.ModuleDict(own))
     for owner in _owners(planned):
         model.get_submodule(owner).register_forward_hook(read_outputs)
     return by_key
@@ -165,11 +167,6 @@ def _add_ends(
 
 def _end_key(residual: Residual, block: str, end: str) -> str:
     return f"{key_of(relative(residual.name, block))}_{end}"
-
-
-def _hints_within(hints: Hints, block: str) -> Hints:
-    """Return the hints for a trace of one block: paths are the whole model's and were minded before."""
-    return replace(hints, leaf_modules=(), inline_modules=())
 
 
 def _owners(planned: BlocksPlan) -> list[str]:

@@ -228,11 +228,12 @@ def test_inputs_that_decide_are_traced_again_with_the_same_connections():
     hc = apart(converted(model))
     block, plain = hc.blocks[2], model.blocks[2]
     before = set(dict(block.named_parameters()))
+    assert len(hct.block_graphs(hc)["blocks.2"]) == 1
     given = torch.randn(2, 4, 8)
     with torch.no_grad():
         tensor, both = block(given), block(given, return_weights=True)
     assert torch.equal(tensor, both[0]) and set(dict(block.named_parameters())) == before
-    assert type(plain) is Block
+    assert type(plain) is Block and len(hct.block_graphs(hc)["blocks.2"]) == 2
 
 
 class Changing(Stack):

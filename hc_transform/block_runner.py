@@ -1,0 +1,316 @@
+"""The graphs of a block's code, one for each kind of call, traced on first use."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .additions import CONNECTIONS_NAME
+from .blocks import BlockPlan, signature_of
+from .carrier import TrunkValue, is_trunk_value, read_out
+from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
+from .find import find_residuals
+from .findings import Findings, Residual
+from .hints import Hints
+from .kinds import Kinds, is_tensor
+from .module import Variant, adopt_constants, decides_on_training
+from .options import Options
+from .planner import Plan, make_plan
+from .rewrite import rewritten_graph
+from .structure import clone_structure, state_restored
+from .trace import bind_inputs, trace
+from .trunks import Passage, Trunk
+
+log = logging.getLogger("hc_transform")
+
+RUNNER = "_hc_runner"
+BASE = "_hc_base"
+
+
+class BlockError(TraceError):
+    """A block's code has no graph; ``block`` is its path."""
+
+    block = ""
+
+
+class BlockRunner:
+    """Run a block's code as graphs: one for each kind of call, made when it first occurs.
+
+    Args:
+        plan: what the block's calls are to do.
+        options: as for the whole model.
+        hints: those for modules below the block.
+    """
+
+    def __init__(self, plan: BlockPlan, options: Options, hints: Hints) -> None:
+        self.plan = plan
+        self.options = options
+        self.hints = hints
+        self.calls = {call.step: call for call in reversed(plan.calls)}
+        self.variants: dict[Any, list[Variant]] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockRunner:
+        new = copy.copy(self)
+        new.variants = {key: list(variants) for key, variants in self.variants.items()}
+        return new
+
+    def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the graph that fits the call."""
+        step = self._step(args, kwargs)
+        if torch.compiler.is_compiling():
+            return self._run_compiled(block, step, args, kwargs)
+        if self.calls[step].leaves:
+            refuse_reentrant(block)
+        key = (
+            step,
+            block.training,
+            self._observed(block),
+            _kind(args),
+            _kind({k: v for k, v in kwargs.items() if v is not None}),
+        )
+        change = None
+        for variant in self._candidates(key):
+            try:
+                result = variant.forward(block, *args, **kwargs)
+            except DecisionChanged as changed:
+                change = changed
+                continue
+            if variant not in self.variants.setdefault(key, []):
+                self.variants[key].append(variant)
+            return result
+        try:
+            variant = self.trace(block, step, args, kwargs, change)
+        except Exception as error:
+            text = str(error) if isinstance(error, HCTransformError) else f"{type(error).__name__}: {error}"
+            failure = BlockError(text)
+            failure.block = self.plan.path
+            raise failure from error
+        self.variants.setdefault(key, []).append(variant)
+        return variant.forward(block, *args, **kwargs)
+
+    def _observed(self, block: nn.Module) -> frozenset[str]:
+        """Return the modules in the graph that have forward hooks."""
+        return frozenset(path for path in self.plan.scopes if path and block.get_submodule(path)._forward_hooks)
+
+    def _candidates(self, key: Any) -> Iterator[Variant]:
+        """Yield the graphs that may fit: those made for such calls, then those that tell at once if they do not."""
+        own = list(self.variants.get(key, ()))
+        yield from own
+        for other, variants in list(self.variants.items()):
+            if other[0] == key[0] and other[2] == key[2]:
+                yield from (v for v in variants if v not in own and not v.needs.late)
+
+    def _run_compiled(self, block: nn.Module, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        change = None
+        for key, variants in self.variants.items():
+            if key[0] == step:
+                for variant in variants:
+                    try:
+                        return variant.forward(block, *args, **kwargs)
+                    except (DecisionChanged, TypeError) as changed:
+                        change = changed
+        raise DecisionChanged(
+            f"compiled code cannot trace {self.plan.path} for a new kind of call ({change}): call the model once in "
+            "eager mode with inputs like these, in this mode (train or eval), before it is compiled"
+        )
+
+    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return which call of the chain this is; the streams know how many blocks they have passed."""
+        if len(self.calls) == 1:
+            return next(iter(self.calls))
+        for value in (*args, *kwargs.values()):
+            if type(value) is TrunkValue:
+                if value.step in self.calls:
+                    return value.step
+                if self.plan.shared:
+                    return max(self.calls)
+                raise HCTransformError(
+                    f"{self.plan.path} is called more often than the {len(self.calls)} times of the example inputs, "
+                    "and each call has connections of its own. Convert with share_calls=True."
+                )
+        return min(self.calls)
+
+    def trace(
+        self,
+        block: nn.Module,
+        step: int,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        change: DecisionChanged | None = None,
+    ) -> Variant:
+        """Trace the block's own code for a call like this, and rewrite it with the block's connections.
+
+        Raises:
+            TraceError: the block has other residuals for these inputs, or cannot be traced.
+        """
+        original = original_of(block)
+        call = self.calls[step]
+        names = self.plan.calls[0].residuals if self.plan.shared else call.residuals
+        given = bind_inputs(original, *read_out((args, kwargs)))
+        with state_restored(block):
+            traced = trace(
+                original,
+                given,
+                inline=self.plan.scopes,
+                hints=self.hints,
+                loose=True,
+                observed=self._observed(block),
+            )
+        gm = traced.graph_module
+        found = find_residuals(gm)
+        wanted = tuple((relative(name, self.plan.path), signature) for name, signature in names)
+        selected = self._selected(found.residuals, wanted, change)
+        options = replace(self.options, include=(), exclude=(), min_residuals=1, nested="all")  # chosen already
+        plan = make_plan(gm, Findings(selected, (), found.shortcuts), options)
+        if {r.name for r in plan.residuals} != {name for name, _ in wanted}:
+            raise TraceError(self._differs({name for name, _ in wanted} - {r.name for r in plan.residuals}, change))
+        local = {name: own for (name, _), (own, _) in zip(call.residuals, wanted, strict=True)}
+        leaves = frozenset(local[name] for name in call.leaves)
+        plan = Plan(gm, linked(plan, leaves, step, self.plan.path, self.options), plan.skipped, self.options)
+        graph = rewritten_graph(gm, plan)
+        adopt_constants(block, graph, gm)
+        log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
+        return Variant(graph)
+
+    def _selected(
+        self, found: tuple[Residual, ...], wanted: tuple[tuple[str, Any], ...], change: DecisionChanged | None
+    ) -> tuple[Residual, ...]:
+        """Return those of the residuals found that were converted, under the names they were given then."""
+        selected, left = [], list(wanted)
+        for residual in found:
+            signature = signature_of(residual.add, "")
+            match = next((w for w in left if w[1] == signature), None)
+            if match is not None:
+                left.remove(match)
+                selected.append(replace(residual, name=match[0]))
+        if left:
+            raise TraceError(self._differs({name for name, _ in left}, change))
+        return tuple(selected)
+
+    def _differs(self, missing: set[str], change: DecisionChanged | None) -> str:
+        path = self.plan.path or "the root"
+        return (
+            f"for these inputs {path} has other residuals than those that were converted: {', '.join(sorted(missing))} "
+            f"cannot be found. {change or ''} Convert another copy of the model with example inputs like these, or "
+            "leave these residuals out with exclude=[...]."
+        )
+
+
+def linked(plan: Plan, leaves: frozenset[str], step: int, path: str, options: Options) -> tuple[Trunk, ...]:
+    """Return a block's trunks with the inputs that they begin with, and the outputs that go on as streams.
+
+    Args:
+        plan: of the block's graph.
+        leaves: names of the residuals after which streams go on.
+        step: how many block calls of the chain come before this one.
+        path: of the block.
+        options: of the whole model.
+
+    Raises:
+        TraceError: a trunk that goes on in another block does not reach the block's output.
+    """
+    kinds = Kinds(plan.graph_module)
+    passage = Passage(kinds)
+    entries: dict[fx.Node, Any] = {n: n for n in plan.graph_module.graph.nodes if _is_entry(n)}
+    output = plan.graph_module.graph.output_node()
+    trunks = []
+    for trunk in plan.trunks:
+        carried = dict(trunk.carried)
+        first, last = trunk.residuals[0], trunk.residuals[-1]
+        entry: fx.Node | None = None
+        way = passage.way_back(first.skip, entries)
+        if way and not (options.stream_embedding and step == 0):
+            entry = way[-1]
+            carried.update(zip(way, way[1:], strict=False))
+        exits = []
+        if last.name in leaves:
+            for value in output.all_input_nodes:
+                way = passage.way_back(value, {last.add: last}) if is_tensor(value) else []
+                if way:
+                    exits.append(value)
+                    carried.update(zip(way, way[1:], strict=False))
+            if not exits:
+                raise TraceError(f"the trunk of {path}.{last.name} does not reach the output of {path}")
+        trunks.append(Trunk(trunk.index, trunk.residuals, carried, entry, tuple(exits), step + 1))
+    return tuple(trunks)
+
+
+def _is_entry(node: fx.Node) -> bool:
+    """Whether a node is a tensor that the graph is given, by itself or in a tuple."""
+    if not is_tensor(node):
+        return False
+    while node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "placeholder"
+
+
+def original_of(block: nn.Module) -> nn.Module:
+    """Return a structural copy of a converted block as it was: its class, without connections and hooks."""
+    base: Any = getattr(type(block), BASE)
+    shell = base.__new__(base)
+    shell.__dict__.update(block.__dict__)
+    for name, value in block.__dict__.items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            shell.__dict__[name] = OrderedDict()
+    del shell.__dict__[RUNNER]
+    shell.__dict__["_modules"] = {k: m for k, m in block._modules.items() if k != CONNECTIONS_NAME}
+    copied = clone_structure(shell)
+    for module in copied.modules():
+        module._forward_hooks = OrderedDict()  # they would see what is evaluated while tracing
+        # Hugging Face's layers checkpoint in ``forward``; ours is wrapped in that too
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+    return copied
+
+
+def relative(name: str, block: str) -> str:
+    """Return a residual's name below its block."""
+    if block and name.startswith(block + "."):
+        return name[len(block) + 1 :]
+    if block and name.partition(":")[0] == block:
+        return "residual" + name[len(block) :]
+    return name
+
+
+def reads_training(block: nn.Module) -> bool:
+    """Whether a graph of a converted block decides on a ``training`` flag."""
+    runner: BlockRunner = block.__dict__[RUNNER]
+    return any(decides_on_training(v.graph) for variants in runner.variants.values() for v in variants)
+
+
+def refuse_reentrant(block: nn.Module) -> None:
+    """Raise if the call is inside a reentrant checkpoint, which passes no gradient to streams."""
+    if torch.is_grad_enabled() or not block.training:
+        return
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code is _REENTRANT:
+            raise UnsupportedModel(
+                "activation checkpointing with use_reentrant=True hands no gradient to the streams between blocks: "
+                'use use_reentrant=False (gradient_checkpointing_kwargs={"use_reentrant": False} in Hugging Face)'
+            )
+        frame = frame.f_back
+
+
+_REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+
+
+def _kind(value: Any) -> Any:
+    """Return what graphs may differ by: which inputs are there, of which types."""
+    if value is None or isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, torch.Tensor) or is_trunk_value(value):
+        return value.dtype, value.ndim
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_kind, value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return type(value), *((key, _kind(v)) for key, v in value.items())
+    return type(value)
