@@ -296,8 +296,8 @@ AUDIO: Counts = {
         "by the letter, but in the code around a stack of blocks, which stays plain",
     ),
     "omniasr_audio": (
-        lambda c: 2 * c.num_hidden_layers,
-        "attention and MLP; x plus the convolutional position embedding of x is around the stack of blocks",
+        lambda c: 2 * c.num_hidden_layers + 1,
+        "attention and MLP, and a module that adds the convolutional position embedding of x to x",
     ),
     **every(
         """audio-spectrogram-transformer glmasr_encoder qwen2_audio_encoder sew sew-d voxtral_encoder""",
