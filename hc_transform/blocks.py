@@ -164,7 +164,7 @@ def find_holders(
 
 
 def _around_stacks(holders: list[str], model: nn.Module) -> list[str]:
-    """Return the modules that hold a few residuals themselves, around a stack of blocks that hold more."""
+    """Return the modules with a few residuals of their own around a stack of blocks with over twice as many."""
     around = []
     for path in sorted(set(holders), key=len):
         below = [p for p in holders if p != path and (not path or p.startswith(path + "."))]
@@ -175,7 +175,7 @@ def _around_stacks(holders: list[str], model: nn.Module) -> list[str]:
                 stack = ".".join(atoms[:i])
                 if isinstance(model.get_submodule(stack), (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
                     stacks.setdefault(stack, set()).add(atoms[i])
-        if len(below) > holders.count(path) and any(len(entries) > 1 for entries in stacks.values()):
+        if len(below) > 2 * holders.count(path) and any(len(entries) > 1 for entries in stacks.values()):
             around.append(path)
     return around
 

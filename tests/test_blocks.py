@@ -526,3 +526,27 @@ def test_a_value_given_twice_is_read_once():
         y = torch.tanh(block.query(read)) * block.key(read)
         expected = sum(coefficients.h_res[i].sum() * inputs + coefficients.h_post[i] * y for i in range(N)) / N
         assert error(out, expected) <= 1e-5
+
+
+class Around(nn.Module):
+    """One residual of its own around a stack that holds six."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.position = nn.Conv1d(8, 8, 3, padding=1)
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x):
+        x = x + self.position(x.transpose(1, 2)).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_stack_of_blocks_stays_in_parts():
+    hc = converted(Around(3).eval())
+    assert [b for b, m in hc.named_modules() if "_hc_runner" in m.__dict__] == [f"blocks.{i}" for i in range(3)]
+    (left,) = [r for r in hc.hc_report.skipped if "around a stack" in r.reason]
+    assert left.location.rsplit("/", 1)[-1].startswith("test_blocks.py")
+    single = converted(Around(1).eval())
+    assert len(single.hc_report.converted) == 3 and "_hc_runner" in single.__dict__, "no stack: the root is the block"
