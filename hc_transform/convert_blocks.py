@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,7 +18,6 @@ from .connections import Connection
 from .errors import HCTransformError, NotEquivalent
 from .find import find_residuals
 from .findings import Residual
-from .frames import INTERNAL_FILES, short_name
 from .hints import Hints
 from .hooks import read_outputs
 from .options import Options
@@ -27,6 +25,7 @@ from .planner import Plan, make_plan
 from .reference import NamedInputs, ReferenceInterpreter, separate
 from .structure import clone_structure
 from .tape import Tape, _tensors, record
+from .trace import describe
 from .verify import STREAM_TOLERANCES, relative_error, run_like, without_stream_dropout
 
 ATTEMPTS = 20  # blocks of one model that turn out not to be traceable
@@ -200,7 +199,7 @@ def _traced_run(converted: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     except BlockError as error:
         raise CannotConvert(error.block, str(error)) from error
     except Exception as error:
-        raise CannotHandOn(_described(error)) from error
+        raise CannotHandOn(describe(error)) from error
 
 
 def _move_into(model: nn.Module, converted: nn.Module) -> None:
@@ -293,9 +292,3 @@ def _separated_error(
     if not relative_error(outputs, list(repeated)) <= bound:
         return (0.0, 0.0), "Streams were not compared one by one: the recorded run gives other outputs when repeated."
     return (error, bound), None
-
-
-def _described(error: BaseException) -> str:
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(INTERNAL_FILES)]
-    where = f" at {short_name(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}{where}: {str(error).strip()[:200]}"

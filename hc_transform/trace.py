@@ -121,7 +121,7 @@ def trace(
             if not failure.path:
                 raise _root_error(model, failure, inputs is not None) from failure
             failed = type(model.get_submodule(failure.path))
-            reason = _describe(failure.cause)
+            reason = describe(failure.cause)
             log.debug("%s stays a leaf: %s", failure.path, reason)
             opaque[failure.path] = reason
             if not any(path.startswith(failure.path + ".") for path in inlined):
@@ -190,7 +190,7 @@ def _defaults(model: nn.Module) -> dict[str, Any]:
 
 def _root_error(model: nn.Module, failure: CannotInline, has_values: bool) -> Exception:
     name = type(model).__name__
-    reason = _describe(failure.cause)
+    reason = describe(failure.cause)
     if isinstance(failure.cause, str):
         return UnsupportedModel(
             f"{name}.forward cannot be held in one graph: {reason}. Convert the submodules that add by themselves."
@@ -202,7 +202,8 @@ def _root_error(model: nn.Module, failure: CannotInline, has_values: bool) -> Ex
     )
 
 
-def _describe(cause: BaseException | str) -> str:
+def describe(cause: BaseException | str) -> str:
+    """Return an error as one line, with the user's line that it comes from."""
     if isinstance(cause, str):
         return cause
     every = list(traceback.extract_tb(cause.__traceback__))
