@@ -54,6 +54,8 @@ def compile_for_gpu(function: Callable[..., Any], inputs: Sequence[Any], on_grap
     from torch._inductor import compile_fx, graph
     from torch._inductor import config as inductor_config
 
+    from .connections import base
+
     def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:
         fakes = _moved(gm, example_inputs)
 
@@ -77,7 +79,11 @@ def compile_for_gpu(function: Callable[..., Any], inputs: Sequence[Any], on_grap
 
     torch._dynamo.reset()
     try:
-        with functorch_config.patch(force_non_lazy_backward_lowering=True), contextlib.suppress(_HandedOver):
+        with (
+            mock.patch.object(base, "PACKED_DEVICES", ()),
+            functorch_config.patch(force_non_lazy_backward_lowering=True),
+            contextlib.suppress(_HandedOver),
+        ):
             torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(*inputs)
     finally:
         torch._dynamo.reset()

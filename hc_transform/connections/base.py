@@ -14,6 +14,7 @@ from .projection import without_autocast
 INITS = ("paper", "mirrored")
 MIRRORED_SPREAD = 0.5
 MAX_UNROLLED = 8  # streams; n * n numbers a token as n * n tensors, above it compiling takes too long
+PACKED_DEVICES = ("cpu",)  # where compiled code gains nothing from single numbers, and takes long to compile
 
 
 class Connection(nn.Module):
@@ -89,7 +90,8 @@ class Connection(nn.Module):
 
     def _forward(self, *streams: Tensor) -> AnyCoefficients:
         with without_autocast(streams[0]):
-            if torch.compiler.is_compiling() and self.num_streams <= MAX_UNROLLED:
+            unrolled = self.num_streams <= MAX_UNROLLED and streams[0].device.type not in PACKED_DEVICES
+            if torch.compiler.is_compiling() and unrolled:
                 compiled = self._compiled(streams)
                 if compiled is not None:
                     return compiled

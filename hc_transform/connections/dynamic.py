@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..streams import Coefficients
 from .per_token import dynamic_entries, in_rows
-from .projection import full_precision, project_normed
+from .projection import full_precision, project_each_normed
 from .static import StaticConnection
 
 SCALE = 0.01
@@ -45,19 +45,15 @@ class DynamicConnection(StaticConnection):
     def coefficients(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return static plus dynamic parts: ``[..., n]``, ``[..., n]``, ``[..., n, n]``."""
         h_pre, h_post, h_res = super().coefficients(streams)
-        pre, post, res = [], [], []
-        for stream in streams:
-            dynamic = project_normed(stream, self.projection, self.feature_axis)  # [..., n + 2]
-            if self.tanh:
-                dynamic = torch.tanh(dynamic)
-            pre.append(dynamic[..., 0])
-            post.append(dynamic[..., 1])
-            res.append(dynamic[..., 2:])
+        dynamic = project_each_normed(streams, self.projection, self.feature_axis)  # [n, ..., n + 2], stream j first
+        if self.tanh:
+            dynamic = torch.tanh(dynamic)
+        dynamic = dynamic.movedim(0, -1)  # [..., n + 2, n]
         scale_alpha, scale_beta = full_precision(self.scale_alpha), full_precision(self.scale_beta)
         return (
-            h_pre + scale_alpha * torch.stack(pre, -1),
-            h_post + scale_beta * torch.stack(post, -1),
-            h_res + scale_alpha * torch.stack(res, -1),  # source j stacked last: [target, source]
+            h_pre + scale_alpha * dynamic[..., 0, :],
+            h_post + scale_beta * dynamic[..., 1, :],
+            h_res + scale_alpha * dynamic[..., 2:, :],  # [target, source]
         )
 
     def compiled_coefficients(self, streams: Sequence[Tensor]) -> Coefficients:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..streams import FractionCoefficients
 from .base import Connection, starting_reads, starting_writes
 from .dynamic import SCALE
-from .projection import full_precision, project_normed, without_autocast
+from .projection import full_precision, project_each_normed, without_autocast
 
 
 class FracConnection(Connection):
@@ -69,22 +69,20 @@ class FracConnection(Connection):
     def fraction_coefficients(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return h_pre ``[..., v, m, nm]``, h_post ``[..., nm]`` or ``[..., nm, m]``, h_res ``[..., nm, nm]``."""
         n, m = self.num_streams, self.num_fractions
-        parts = []
-        for stream in streams:
-            for row in stream.chunk(m, self.feature_axis):
-                dynamic = project_normed(row, self.projection, self.feature_axis)
-                parts.append((torch.tanh(dynamic) if self.tanh else dynamic).split(self.sizes, -1))
-        pre, post, res = zip(*parts, strict=True)
-        scale_alpha, scale_beta = full_precision(self.scale_alpha), full_precision(self.scale_beta)
-        h_pre = torch.stack(pre, -1).unflatten(-2, (self.num_views, m))
+        rows = [row for stream in streams for row in stream.chunk(m, self.feature_axis)]
+        dynamic = project_each_normed(rows, self.projection, self.feature_axis)  # [nm, ..., k], row j first
+        if self.tanh:
+            dynamic = torch.tanh(dynamic)
+        pre, post, res = dynamic.movedim(0, -1).split(self.sizes, -2)
         if self.mix_outputs:  # row (s, g) gives [f], the weight of output fraction g into row (s, f)
-            h_post = torch.stack(post, -1).unflatten(-1, (n, m)).movedim(-2, -3).flatten(-3, -2)
+            h_post = post.unflatten(-1, (n, m)).movedim(-2, -3).flatten(-3, -2)
         else:
-            h_post = torch.cat(post, -1)
+            h_post = post.squeeze(-2)
+        scale_alpha, scale_beta = full_precision(self.scale_alpha), full_precision(self.scale_beta)
         return (
-            full_precision(self.h_pre) + scale_alpha * h_pre,
+            full_precision(self.h_pre) + scale_alpha * pre.unflatten(-2, (self.num_views, m)),
             full_precision(self.h_post) + scale_beta * h_post,
-            full_precision(self.h_res) + scale_alpha * torch.stack(res, -1),
+            full_precision(self.h_res) + scale_alpha * res,
         )
 
     def _forward(self, *streams: Tensor) -> FractionCoefficients:

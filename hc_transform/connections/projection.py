@@ -46,6 +46,12 @@ def project_normed(x: Tensor, weight: Tensor, axis: int, eps: float = EPS) -> Te
     return project(x, weight, axis) * torch.rsqrt(mean_square(x, axis) + eps)
 
 
+def project_each_normed(streams: Sequence[Tensor], weight: Tensor, axis: int, eps: float = EPS) -> Tensor:
+    """Return ``RMSNorm(x) @ weight`` of every stream: ``[n, ..., k]``."""
+    parts = torch.stack([project(x, weight, axis) for x in streams])
+    return parts * torch.rsqrt(torch.stack([mean_square(x, axis) for x in streams]) + eps)
+
+
 def project_flattened(streams: Sequence[Tensor], weight: Tensor, axis: int, eps: float = EPS) -> Tensor:
     """Return ``RMSNorm(concatenation of the streams) @ weight``, ``weight`` ``(n, D, k)``: ``[..., k]``."""
     parts = [project(x, w, axis) for x, w in zip(streams, weight.unbind(0), strict=True)]
