@@ -54,7 +54,8 @@ class BlockRunner:
         self.plan = plan
         self.options = options
         self.hints = hints
-        self.calls = {call.step: call for call in reversed(plan.calls)}
+        calls = {call.step: call for call in reversed(plan.calls)}  # those of one step do the same
+        self.calls = tuple(calls[step] for step in sorted(calls))
         self.variants: dict[Any, list[Variant]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockRunner:
@@ -64,13 +65,13 @@ class BlockRunner:
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the graph that fits the call."""
-        step = self._step(args, kwargs)
+        number = 0 if len(self.calls) == 1 else self._number(args, kwargs)
         if torch.compiler.is_compiling():
-            return self._run_compiled(block, step, args, kwargs)
-        if self.calls[step].leaves:
+            return self._run_compiled(block, number, args, kwargs)
+        if self.calls[number].leaves:
             refuse_reentrant(block)
-        key = (
-            step,
+        key = (  # the same for blocks that do the same, so that torch.compile has one piece of code for them
+            number,
             block.training,
             self._observed(block),
             _kind(args),
@@ -87,7 +88,7 @@ class BlockRunner:
                 self.variants[key].append(variant)
             return result
         try:
-            variant = self.trace(block, step, args, kwargs, change)
+            variant = self.trace(block, number, args, kwargs, change)
         except Exception as error:
             text = str(error) if isinstance(error, HCTransformError) else f"{type(error).__name__}: {error}"
             failure = BlockError(text)
@@ -108,10 +109,10 @@ class BlockRunner:
             if other[0] == key[0] and other[2] == key[2]:
                 yield from (v for v in variants if v not in own and not v.needs.late)
 
-    def _run_compiled(self, block: nn.Module, step: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _run_compiled(self, block: nn.Module, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         change = None
         for key, variants in self.variants.items():
-            if key[0] == step:
+            if key[0] == number:
                 for variant in variants:
                     try:
                         return variant.forward(block, *args, **kwargs)
@@ -122,26 +123,25 @@ class BlockRunner:
             "eager mode with inputs like these, in this mode (train or eval), before it is compiled"
         )
 
-    def _step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
-        """Return which call of the chain this is; the streams know how many blocks they have passed."""
-        if len(self.calls) == 1:
-            return next(iter(self.calls))
+    def _number(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+        """Return which of several calls this is; the streams know how many blocks they have passed."""
         for value in (*args, *kwargs.values()):
             if type(value) is TrunkValue:
-                if value.step in self.calls:
-                    return value.step
+                for number, call in enumerate(self.calls):
+                    if call.step == value.step:
+                        return number
                 if self.plan.shared:
-                    return max(self.calls)
+                    return len(self.calls) - 1
                 raise HCTransformError(
                     f"{self.plan.path} is called more often than the {len(self.calls)} times of the example inputs, "
                     "and each call has connections of its own. Convert with share_calls=True."
                 )
-        return min(self.calls)
+        return 0
 
     def trace(
         self,
         block: nn.Module,
-        step: int,
+        number: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         change: DecisionChanged | None = None,
@@ -152,7 +152,7 @@ class BlockRunner:
             TraceError: the block has other residuals for these inputs, or cannot be traced.
         """
         original = original_of(block)
-        call = self.calls[step]
+        call = self.calls[number]
         names = self.plan.calls[0].residuals if self.plan.shared else call.residuals
         given = bind_inputs(original, *read_out((args, kwargs)))
         with state_restored(block):
@@ -174,7 +174,7 @@ class BlockRunner:
             raise TraceError(self._differs({name for name, _ in wanted} - {r.name for r in plan.residuals}, change))
         local = {name: own for (name, _), (own, _) in zip(call.residuals, wanted, strict=True)}
         leaves = frozenset(local[name] for name in call.leaves)
-        plan = Plan(gm, linked(plan, leaves, step, self.plan.path, self.options), plan.skipped, self.options)
+        plan = Plan(gm, linked(plan, leaves, call.step, self.plan, self.options), plan.skipped, self.options)
         graph = rewritten_graph(gm, plan)
         adopt_constants(block, graph, gm)
         log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
@@ -204,14 +204,14 @@ class BlockRunner:
         )
 
 
-def linked(plan: Plan, leaves: frozenset[str], step: int, path: str, options: Options) -> tuple[Trunk, ...]:
+def linked(plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, options: Options) -> tuple[Trunk, ...]:
     """Return a block's trunks with the inputs that they begin with, and the outputs that go on as streams.
 
     Args:
         plan: of the block's graph.
         leaves: names of the residuals after which streams go on.
         step: how many block calls of the chain come before this one.
-        path: of the block.
+        block: whose graph it is.
         options: of the whole model.
 
     Raises:
@@ -238,8 +238,9 @@ def linked(plan: Plan, leaves: frozenset[str], step: int, path: str, options: Op
                     exits.append(value)
                     carried.update(zip(way, way[1:], strict=False))
             if not exits:
-                raise TraceError(f"the trunk of {path}.{last.name} does not reach the output of {path}")
-        trunks.append(Trunk(trunk.index, trunk.residuals, carried, entry, tuple(exits), step + 1))
+                raise TraceError(f"the trunk of {block.path}.{last.name} does not reach the output of {block.path}")
+        passed = step + 1 if block.counted else 1
+        trunks.append(Trunk(trunk.index, trunk.residuals, carried, entry, tuple(exits), passed))
     return tuple(trunks)
 
 

@@ -46,12 +46,14 @@ class BlockPlan:
         scopes: paths below it of the modules whose code becomes part of its graph.
         calls: what each call is to do; calls with the same step do the same.
         shared: whether all calls use the connections of the first one.
+        counted: whether streams count the blocks that they pass, for blocks that are called several times.
     """
 
     path: str
     scopes: frozenset[str]
     calls: tuple[CallPlan, ...]
     shared: bool = False
+    counted: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,7 +274,8 @@ def _blocks(plan: Plan, homes: Mapping[fx.Node, Call], share_calls: bool) -> tup
         for residual in (r for call in calls for r in residuals[call]):
             nodes += (residual.add, *residual.absorbed, *residual.skip_ops)
         blocks.append(BlockPlan(path, _scopes(path, nodes), tuple(plans), shared))
-    return tuple(blocks), notes
+    counted = any(len({call.step for call in block.calls}) > 1 for block in blocks)
+    return tuple(replace(block, counted=counted) for block in blocks), notes
 
 
 def signature_of(add: fx.Node, block: str) -> Signature:

@@ -6,6 +6,7 @@ import copy
 import functools
 import logging
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -240,11 +241,19 @@ def _kind_of_input(value: Any) -> Any:
     return None
 
 
+_FUNCTIONS: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
+
+
 def _compiled(graph: fx.Graph) -> Callable[..., Any]:
+    """Return the function of a graph; equal graphs share one, and so its compiled code."""
     code = graph.python_code("self")
-    namespace = dict(code.globals)
-    exec(compile(code.src, "<hc_transform variant>", "exec"), namespace)
-    return namespace["forward"]
+    key = code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items()))
+    function = _FUNCTIONS.get(key)
+    if function is None:
+        namespace = dict(code.globals)
+        exec(compile(code.src, "<hc_transform variant>", "exec"), namespace)
+        function = _FUNCTIONS[key] = namespace["forward"]
+    return function
 
 
 def adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> None:

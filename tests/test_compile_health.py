@@ -8,10 +8,15 @@ import pytest
 import torch
 from checks import error, wake
 from models import GPT, Chain, ViT
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import aot_module_simplified
 
 import hc_transform as hct
+from hc_transform.connections import base
+
+# Compiled code for GPUs makes coefficients as single numbers of a token, that for CPUs packed.
+FORMS = pytest.mark.parametrize("packed_devices", [(), ("cpu",)], ids=["numbers", "packed"])
 
 HOST = ("_local_scalar_dense", "nonzero", "masked_select", "aten.item", "aten.unique", "bincount")
 
@@ -21,6 +26,26 @@ def _fresh():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.fc(self.norm(x))
+
+
+class Stack(nn.Module):
+    def __init__(self, depth):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x.sin()
 
 
 def graphs_of(model, inputs):
@@ -40,9 +65,11 @@ def graphs_of(model, inputs):
     return graphs
 
 
+@FORMS
 @pytest.mark.parametrize("connection", hct.CONNECTIONS)
-def test_nothing_waits_for_the_host(connection):
+def test_nothing_waits_for_the_host(connection, packed_devices, monkeypatch):
     """CUDA graphs replay what was launched: no operator may look at a value or have a size that depends on one."""
+    monkeypatch.setattr(base, "PACKED_DEVICES", packed_devices)
     x = torch.randn(2, 5, 8)
     hc = hct.convert(wake(Chain(lambda x, f, i: x + f, 2)), (x,), connection=connection).train()
     graphs = graphs_of(hc, (x,))
@@ -53,9 +80,11 @@ def test_nothing_waits_for_the_host(connection):
         assert not [n for n in graph.nodes if isinstance(n.meta.get("val"), (torch.SymInt, torch.SymFloat))]
 
 
+@FORMS
 @pytest.mark.parametrize("connection", hct.CONNECTIONS)
-def test_compiled_gradients_are_those_of_eager_mode(connection):
+def test_compiled_gradients_are_those_of_eager_mode(connection, packed_devices, monkeypatch):
     """The numbers of a compiled model are made one by one, with backward passes of their own."""
+    monkeypatch.setattr(base, "PACKED_DEVICES", packed_devices)
     model = Chain(lambda x, f, i: x + f, 2).double()
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     hc = hct.convert(model, (x,), connection=connection).train()
@@ -73,8 +102,10 @@ def test_compiled_gradients_are_those_of_eager_mode(connection):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
 
 
+@FORMS
 @pytest.mark.parametrize("connection", ["static", "dynamic", "mhc"])
-def test_inference_leaves_out_what_training_needs(connection):
+def test_inference_leaves_out_what_training_needs(connection, packed_devices, monkeypatch):
+    monkeypatch.setattr(base, "PACKED_DEVICES", packed_devices)
     x = torch.randn(2, 5, 8)
     hc = hct.convert(wake(Chain(lambda x, f, i: x + f)), (x,), connection=connection).eval()
     with torch.no_grad():
@@ -93,6 +124,19 @@ def test_new_lengths_and_batches_do_not_compile_again():
         x = torch.randint(0, 65, (batch, length))
         assert error(compiled(x, x), hc(x, x)) <= 1e-5
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("connection", ["static", "dynamic", "mhc"])
+def test_blocks_share_compiled_code(connection):
+    """Regional compilation: the first block is given a tensor, the last one gives one, all others are alike."""
+    x = torch.randn(2, 5, 8)
+    hc = hct.convert(wake(Stack(6)), (x,), connection=connection, scope="blocks").train()
+    reference = hc(x)
+    counter = CompileCounter()
+    for block in hc.blocks:
+        block.compile(backend=counter, fullgraph=True)
+    assert error(hc(x), reference) <= 1e-6
+    assert counter.frame_count == 3
 
 
 @pytest.mark.parametrize("connection", ["static", "dynamic", "mhc"])
