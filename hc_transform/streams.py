@@ -46,6 +46,20 @@ class CompiledCoefficients(NamedTuple):
     written_from: tuple[Tensor, ...]
 
 
+class PackedCoefficients(NamedTuple):
+    """:class:`Coefficients` of many streams, whose n * n weights stay one tensor ``[..., n, n]``."""
+
+    h_pre: tuple[Tensor, ...]
+    h_post: tuple[Tensor, ...]
+    matrix: Tensor
+    feature_axis: int
+
+    @property
+    def h_res(self) -> tuple[tuple[Tensor, ...], ...]:
+        """The rows, entry by entry."""
+        return tuple(entries(row, self.feature_axis) for row in self.matrix.unbind(-2))
+
+
 class FractionCoefficients(NamedTuple):
     """The weights of a connection that joins fractions of streams (arXiv 2503.14125).
 
@@ -62,7 +76,15 @@ class FractionCoefficients(NamedTuple):
     axis: int
 
 
-AnyCoefficients = Coefficients | CompiledCoefficients | FractionCoefficients
+AnyCoefficients = Coefficients | CompiledCoefficients | PackedCoefficients | FractionCoefficients
+
+
+def entries(weights: Tensor, feature_axis: int) -> tuple[Tensor, ...]:
+    """Return the n entries of ``[..., n]``, the feature axis of a stream put back with size 1."""
+    parts = weights.unbind(-1)
+    if weights.dim() == 1:
+        return parts
+    return tuple(part.unsqueeze(feature_axis) for part in parts)
 
 
 def expand(x: Tensor, num_streams: int) -> Streams:
@@ -111,6 +133,9 @@ def write(
         if branch_first:
             return stored([(_product(branch, post) + stream).to(dtype) for stream, post in pairs])
         return stored([(stream + _product(branch, post)).to(dtype) for stream, post in pairs])
+    if isinstance(coefficients, PackedCoefficients) and _takes_matrix(streams, coefficients):
+        pairs = zip(_mixed_by_matrix(streams, coefficients.matrix), coefficients.h_post, strict=True)
+        return stored([(mixed + _product(branch, post)).to(dtype) for mixed, post in pairs])
     rows = zip(coefficients.h_res, coefficients.h_post, strict=True)
     if branch_first:
         return stored([_weighted_sum((post, *row), (branch, *streams), dtype) for row, post in rows])
@@ -122,10 +147,28 @@ def mix(streams: Sequence[Tensor], coefficients: AnyCoefficients) -> Streams:
     dtype = streams[0].dtype
     if coefficients.h_res is None:
         return tuple(streams)
+    if isinstance(coefficients, PackedCoefficients) and _takes_matrix(streams, coefficients):
+        return tuple(mixed.to(dtype) for mixed in _mixed_by_matrix(streams, coefficients.matrix))
     if isinstance(coefficients, FractionCoefficients):
         rows = _fractions(streams, coefficients)
         return _merged([_weighted_sum(row, rows, dtype) for row in coefficients.h_res], coefficients)
     return tuple(_weighted_sum(row, streams, dtype) for row in coefficients.h_res)
+
+
+def _takes_matrix(streams: Sequence[Tensor], coefficients: PackedCoefficients) -> bool:
+    """Whether the streams can be mixed by a matrix product and keep their layout in memory."""
+    last = coefficients.feature_axis in (-1, streams[0].dim() - 1)
+    return (last or coefficients.matrix.dim() == 2) and all(stream.is_contiguous() for stream in streams)
+
+
+def _mixed_by_matrix(streams: Sequence[Tensor], matrix: Tensor) -> Streams:
+    """Return ``sum_j matrix[..., i, j] X[j]`` of contiguous streams, accumulated in at least fp32."""
+    dtype = torch.promote_types(streams[0].dtype, matrix.dtype)
+    matrix = matrix.to(dtype)
+    if matrix.dim() == 2:
+        packed = torch.stack([stream.to(dtype) for stream in streams])
+        return (matrix @ packed.flatten(1)).view_as(packed).unbind(0)
+    return (matrix @ torch.stack([stream.to(dtype) for stream in streams], -2)).unbind(-2)
 
 
 def distribute(branch: Tensor, coefficients: AnyCoefficients) -> Streams:

@@ -72,10 +72,21 @@ def test_preserved(kind, connection, init):
         dict(stream_embedding=True),
         dict(recompute=True),
         dict(connection="frac", num_streams=3, num_fractions=2),
+        dict(num_streams=9),
+        dict(connection="mhc", num_streams=10, recompute=True),
         dict(connection="mhc", readout="learned", stream_embedding=True, recompute=True),
         dict(connection=functools.partial(hct.MHCConnection, iterations=5)),
     ],
-    ids=["learned readout", "stream embedding", "recompute", "3 streams of 2 fractions", "all", "partial"],
+    ids=[
+        "learned readout",
+        "stream embedding",
+        "recompute",
+        "3 streams of 2 fractions",
+        "9 streams",
+        "10 streams",
+        "all",
+        "partial",
+    ],
 )
 def test_options_are_preserved(kind, options):
     make, inputs = MODELS[kind]

@@ -8,12 +8,20 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..streams import AnyCoefficients, Coefficients, CompiledCoefficients, recomputed, twice
+from ..streams import (
+    AnyCoefficients,
+    Coefficients,
+    CompiledCoefficients,
+    PackedCoefficients,
+    entries,
+    recomputed,
+    twice,
+)
 from .projection import without_autocast
 
 INITS = ("paper", "mirrored")
 MIRRORED_SPREAD = 0.5
-MAX_UNROLLED = 8  # streams; n * n numbers a token as n * n tensors, above it compiling takes too long
+MAX_UNROLLED = 8  # streams that n * n tensors of weights mix; above it n * n launches and as many sums take too long
 PACKED_DEVICES = ("cpu",)  # where compiled code gains nothing from single numbers, and takes long to compile
 
 
@@ -96,6 +104,8 @@ class Connection(nn.Module):
                 if compiled is not None:
                     return compiled
             h_pre, h_post, h_res = self.coefficients(streams)
+        if h_res is not None and self.num_streams > MAX_UNROLLED:
+            return PackedCoefficients(self._split(h_pre), self._split(h_post), h_res, self.feature_axis)
         rows = None if h_res is None else tuple(self._split(row) for row in h_res.unbind(-2))
         return Coefficients(self._split(h_pre), self._split(h_post), rows)
 
@@ -109,11 +119,7 @@ class Connection(nn.Module):
         return None if compiled is None else CompiledCoefficients(*compiled, streams, names[n:])
 
     def _split(self, weights: Tensor) -> tuple[Tensor, ...]:
-        """Return the n entries of ``[..., n]``, the feature axis put back with size 1."""
-        entries = weights.unbind(-1)
-        if weights.dim() == 1:
-            return entries
-        return tuple(entry.unsqueeze(self.feature_axis) for entry in entries)
+        return entries(weights, self.feature_axis)
 
     def extra_repr(self) -> str:
         """Return the settings for the printout of the module."""
