@@ -1,0 +1,95 @@
+"""bf16 against the same model in double precision: a converted model loses no more than the plain one.
+
+python -m pytest tests/test_bfloat16.py -s     # prints the errors
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+
+import pytest
+import torch
+from checks import wake
+from models import GPT
+
+import hc_transform as hct
+from hc_transform.connections import base
+from hc_transform.connections.per_token import sum_of_halves
+from hc_transform.reference import separate
+
+FORMS = ("eager", "numbers")  # as it runs in eager mode, and compiled for GPUs
+
+
+def errors(model, x, form, monkeypatch):
+    """Return the relative errors, in the norm of all together, of the outputs and of two groups of gradients."""
+    monkeypatch.setattr(base, "PACKED_DEVICES", ())
+    torch._dynamo.reset()
+    exact = copy.deepcopy(model).double()
+    run = model if form == "eager" else torch.compile(model, backend="aot_eager", fullgraph=True)
+    made = []
+    for module, owner in ((run, model), (exact, exact)):
+        outputs, loss = module(x, x)
+        loss.backward()
+        groups = {"model": [], "connections": []}
+        for name, parameter in owner.named_parameters():
+            groups["connections" if name.startswith("hyper_connections") else "model"].append(parameter.grad)
+        made.append([[outputs], *groups.values()])
+        owner.zero_grad()
+    return [relative(*pair) for pair in zip(*made, strict=True)]
+
+
+def relative(tensors, references):
+    if not references:
+        return 0.0
+    a, b = (torch.cat([t.detach().double().flatten() for t in group]) for group in (tensors, references))
+    return ((a - b).norm() / b.norm()).item()
+
+
+def made(connection):
+    torch.manual_seed(0)
+    model = wake(GPT(vocabulary=256, dim=64, depth=2)).bfloat16()
+    x = torch.randint(0, 256, (4, 32))
+    if connection is None:
+        return model, x
+    hc = hct.convert(model, (x, x), connection=connection)
+    for module in hc.hyper_connections.values():
+        separate(module)
+    return hc, x
+
+
+@functools.cache
+def plain():
+    with pytest.MonkeyPatch.context() as patch:
+        return errors(*made(None), "eager", patch)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("connection", hct.CONNECTIONS)
+def test_errors_are_those_of_the_plain_model(connection, form, monkeypatch):
+    outputs, gradients, own = errors(*made(connection), form, monkeypatch)
+    reference = plain()
+    print(
+        f"\n{connection:9} {form:8} outputs {outputs:.1e} ({reference[0]:.1e} plain), gradients {gradients:.1e} "
+        f"({reference[1]:.1e}), of connections {own:.1e}"
+    )
+    assert outputs <= 1.5 * reference[0] and gradients <= 1.5 * reference[1]
+    assert own <= 5 * reference[1], "sums of products of what has errors of its own"
+
+
+def test_products_of_two_halves():
+    """What replaces fp32 products of bf16 streams on CUDA: the weights as the sum of two bf16 numbers."""
+    torch.manual_seed(0)
+    x, y = torch.randn(512, 64).bfloat16(), torch.randn(64, 30)
+    exact = x.double() @ y.double()
+    scale = x.double().abs() @ y.double().abs()  # of each sum
+    seen = []
+
+    def product(halves):
+        seen.append(halves)
+        return x.float() @ halves.float()  # bf16 products are exact in fp32
+
+    halves = sum_of_halves(product, y)
+    assert seen[0].dtype == torch.bfloat16 and seen[0].shape == (64, 60)
+    assert ((halves - exact).abs() / scale).max() <= 2e-5
+    assert ((x.float() @ y.bfloat16().float() - exact).abs() / scale).max() > 2e-4, "one half would not do"
