@@ -109,11 +109,13 @@ RECORDED = {
     "static": (7, 17, 20.3, 43.8, 5.0),
     "dynamic": (9, 28, 21.5, 56.3, 10.2),
     "mhc": (13, 35, 29.7, 64.6, 10.3),
+    "kromhc": (10, 20, 21.4, 58.0, 10.1),
+    "mhc-lite": (16, 76, 31.2, 65.2, 10.3),
     "identity": (10, 19, 21.4, 48.9, 10.1),
 }
 
 
-@pytest.mark.parametrize("connection", [None, "static", "dynamic", "mhc", "identity"], ids=str)
+@pytest.mark.parametrize("connection", [None, "static", "dynamic", "mhc", "kromhc", "mhc-lite", "identity"], ids=str)
 def test_recorded_figures(connection):
     figures = measured(connection)
     print(connection, figures)
