@@ -3,7 +3,8 @@
 The same pre-norm blocks in each: two residuals a block, attention and MLP. ``HyperConnections`` and ``mHCv2``
 of the ``hyper-connections`` package wrap the branches of the plain model one by one.
 
-    python examples/benchmark_peers.py --depth 6 --dim 256 --length 256 --batch 8
+    python examples/benchmark_peers.py                              # a GPT of 6 blocks
+    python examples/benchmark_peers.py --model vit --batch 4        # a ViT-S/16 of 12 blocks
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from hc_transform.cost import H100_BANDWIDTH
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.norm, self.heads = nn.RMSNorm(dim), heads
+        self.norm, self.heads, self.causal = nn.RMSNorm(dim), heads, causal
         self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -41,20 +42,41 @@ class MLP(nn.Module):
         return self.down(F.gelu(self.up(self.norm(x))))
 
 
+class Patches(nn.Module):
+    """Patches of 16 x 16 pixels of images of 224 x 224, with positions."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.project, self.positions = nn.Conv2d(3, dim, 16, 16), nn.Parameter(torch.zeros(196, dim))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.project(images).flatten(2).transpose(1, 2) + self.positions
+
+
 class Transformer(nn.Module):
     """Residual blocks between an embedding and a head."""
 
-    def __init__(self, depth: int, dim: int, heads: int, vocabulary: int = 256) -> None:
+    def __init__(self, depth: int, dim: int, heads: int, embed: nn.Module, outputs: int, causal: bool) -> None:
         super().__init__()
-        self.embed = nn.Embedding(vocabulary, dim)
-        self.branches = nn.ModuleList(m for _ in range(depth) for m in (Attention(dim, heads), MLP(dim)))
-        self.norm, self.head = nn.RMSNorm(dim), nn.Linear(dim, vocabulary, bias=False)
+        self.embed = embed
+        self.branches = nn.ModuleList(m for _ in range(depth) for m in (Attention(dim, heads, causal), MLP(dim)))
+        self.norm, self.head = nn.RMSNorm(dim), nn.Linear(dim, outputs, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embed(tokens)
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
         for branch in self.branches:
             x = x + branch(x)
         return self.head(self.norm(x))
+
+
+def gpt(depth: int, dim: int, heads: int) -> Transformer:
+    """Return a language model of bytes."""
+    return Transformer(depth, dim, heads, nn.Embedding(256, dim), 256, causal=True)
+
+
+def vit(depth: int, dim: int, heads: int) -> Transformer:
+    """Return a classifier of images of 224 x 224, its classes read from every patch."""
+    return Transformer(depth, dim, heads, Patches(dim), 1000, causal=False)
 
 
 class ByHand(nn.Module):
@@ -76,8 +98,8 @@ class ByHand(nn.Module):
             layer(streams, dim=dim, branch=branch, layer_index=i) for i, branch in enumerate(plain.branches)
         )
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.expand(self.embed(tokens))
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.expand(self.embed(x))
         for layer in self.layers:
             x = layer(x)
         return self.head(self.norm(self.reduce(x)))
@@ -86,7 +108,10 @@ class ByHand(nn.Module):
 def main() -> None:
     """Print one table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("depth", 6), ("dim", 256), ("heads", 4), ("length", 256), ("batch", 8), ("streams", 4)):
+    parser.add_argument("--model", choices=("gpt", "vit"), default="gpt")
+    for name in ("depth", "dim", "heads"):
+        parser.add_argument(f"--{name}", type=int, help="6, 256 and 4 of the GPT, 12, 384 and 6 of the ViT")
+    for name, default in (("length", 256), ("batch", 8), ("streams", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--connections", nargs="*", default=["static", "dynamic", "mhc"])
     parser.add_argument("--peers", nargs="*", default=["HyperConnections", "mHCv2"])
@@ -100,17 +125,22 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    plain = Transformer(options.depth, options.dim, options.heads).to(device, getattr(torch, options.dtype))
-    tokens = torch.randint(0, 256, (options.batch, options.length), device=device)
+    sizes = (6, 256, 4) if options.model == "gpt" else (12, 384, 6)
+    depth, dim, heads = (getattr(options, k) or size for k, size in zip(("depth", "dim", "heads"), sizes, strict=True))
+    dtype = getattr(torch, options.dtype)
+    plain = (gpt if options.model == "gpt" else vit)(depth, dim, heads).to(device, dtype)
+    x = torch.randint(0, 256, (options.batch, options.length), device=device)
+    if options.model == "vit":
+        x = torch.randn(options.batch, 3, 224, 224, device=device, dtype=dtype)
     models: dict[str, nn.Module] = {"plain": plain}
     for name in options.connections:
-        models[name] = hct.convert(plain, (tokens,), connection=name, num_streams=options.streams, verify=False)
+        models[name] = hct.convert(plain, (x,), connection=name, num_streams=options.streams, verify=False)
     for name in options.peers:
-        peer = ByHand(plain, options.dim, options.streams, name)
-        models[f"lucidrains {name}"] = peer.to(device, getattr(torch, options.dtype))
+        peer = ByHand(plain, dim, options.streams, name)
+        models[f"lucidrains {name}"] = peer.to(device, dtype)
     figures = bench(
         models,
-        (tokens,),
+        (x,),
         mode=options.mode,
         repeats=options.repeats,
         compiled=options.compile,
@@ -120,7 +150,7 @@ def main() -> None:
         json.dump({name: f.to_dict() for name, f in figures.items()}, sys.stdout, indent=1)
         return
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{options.depth} blocks, {options.dim} features, {options.batch} x {options.length} tokens, {where}\n")
+    print(f"{options.model}, {depth} blocks, {dim} features, input {tuple(x.shape)}, {where}\n")
     print(table(figures, options.bandwidth * 1e12))
 
 
