@@ -57,12 +57,14 @@ def benchmark(options: argparse.Namespace) -> int:
     inputs = tuple(_moved(x, device, dtype) for x in example)
     model.train(options.mode == "train")
     hc = convert(model, inputs, verify=False, **_conversion(options))
+    name = f"{options.connection}, n = {hc.hc_report.converted[0].streams}"
     figures = bench(
-        {"plain": model, f"{options.connection}, n = {options.streams or hc._options.num_streams}": hc},
+        {"plain": model, name: hc},
         inputs,
         mode=options.mode,
         repeats=options.repeats,
         compiled=options.compile,
+        count=options.count,
     )
     if options.json:
         print(json.dumps({name: f.to_dict() for name, f in figures.items()}, indent=1))
@@ -166,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="where to run (default: CUDA where there is one, else the CPU)")
     command.add_argument("--repeats", type=int, default=10, metavar="R", help="timed repetitions (default 10)")
     command.add_argument("--no-compile", dest="compile", action="store_false", help="eager mode alone")
+    command.add_argument("--no-count", dest="count", action="store_false", help="leave out kernels and bytes of a GPU")
     command.add_argument(
         "--bandwidth", type=float, default=H100_BANDWIDTH / 1e12, metavar="TB/S", help="of the GPU that is estimated"
     )
