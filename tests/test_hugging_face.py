@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from checks import error, weighted
+from torch._dynamo.testing import CompileCounter
 
 import hc_transform as hct
 from hc_transform.carrier import TrunkValue
@@ -47,6 +48,23 @@ def moved(hc):
             if "hyper_connections" in name:
                 parameter.add_(0.05 * torch.randn_like(parameter))
     return hc
+
+
+@pytest.mark.parametrize("make", [llama, bert])
+def test_layers_share_compiled_code(make):
+    """Regional compilation: the first layer is given a tensor, the last one gives one, all others are alike."""
+    inputs = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "return_dict": True}
+    if make is llama:
+        inputs["use_cache"] = False
+    hc = moved(converted(make(num_hidden_layers=6)))
+    reference = hc(**inputs).logits
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    for layer in hc.model.layers if make is llama else hc.bert.encoder.layer:
+        layer.compile(backend=counter, fullgraph=True)
+    assert error(hc(**inputs).logits, reference) <= 1e-6
+    assert counter.frame_count == 3
+    torch._dynamo.reset()
 
 
 def test_auto_converts_a_language_model():
