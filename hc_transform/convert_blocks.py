@@ -24,7 +24,7 @@ from .options import Options
 from .planner import Plan, make_plan
 from .reference import NamedInputs, ReferenceInterpreter, separate
 from .structure import clone_structure
-from .tape import Tape, _tensors, record
+from .tape import Tape, record, tensors_in
 from .trace import describe
 from .verify import STREAM_TOLERANCES, relative_error, run_like, without_stream_dropout
 
@@ -272,7 +272,7 @@ def _separated_error(
     plain = NamedInputs(tape.graph_module)
     try:
         separate(unique)
-        actual = _tensors(run_like(converted, args, kwargs))
+        actual = tensors_in(run_like(converted, args, kwargs))
         reference = ReferenceInterpreter(planned.plan, dict(modules))
         expected = run_like(tape.graph_module, (), tape.named_inputs, reference.run_on)
     except Exception as failure:
@@ -287,7 +287,7 @@ def _separated_error(
         return (0.0, 0.0), (
             "Streams were not compared one by one: the model decides on values of tensors, which other streams change."
         )
-    outputs = _tensors(run_like(converted, args, kwargs))
+    outputs = tensors_in(run_like(converted, args, kwargs))
     repeated = run_like(tape.graph_module, (), tape.named_inputs, plain.run_on)
     if not relative_error(outputs, list(repeated)) <= bound:
         return (0.0, 0.0), "Streams were not compared one by one: the recorded run gives other outputs when repeated."

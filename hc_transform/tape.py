@@ -109,16 +109,16 @@ class _Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._attribute(func, args, kwargs)
-        if name == "__set__" or not (_tensors((args, kwargs)) or _is_factory(func)):
+        if name == "__set__" or not (tensors_in((args, kwargs)) or _is_factory(func)):
             return func(*args, **kwargs)
-        before = [(tensor, tensor._version) for tensor in _tensors((args, kwargs)) if not tensor.is_inference()]
+        before = [(tensor, tensor._version) for tensor in tensors_in((args, kwargs)) if not tensor.is_inference()]
         value = func(*args, **kwargs)
         self.reads_values = self.reads_values or name in VALUE_READS
         method = is_tensor_method_or_property(func)
         target: Any = name if method else func
         if name == "__setitem__":
             method, target = False, set_item
-        if not _tensors(value) and target is not set_item:
+        if not tensors_in(value) and target is not set_item:
             return value  # reads a shape or a number
         node = self._node("call_method" if method else "call_function", target, args, kwargs)
         if target is not set_item:
@@ -143,7 +143,7 @@ class _Recorder(TorchFunctionMode):
         self.calls.append(Call(path, self.count[path]))
         self.count[path] += 1
         try:
-            several = len(_tensors((args, kwargs))) > 1  # one that adds them up is looked into
+            several = len(tensors_in((args, kwargs))) > 1  # one that adds them up is looked into
             if path == "" or not self._is_leaf(module) or several and may_add(module):
                 return plain(module, *args, **kwargs)
         finally:
@@ -256,14 +256,14 @@ class _Recorder(TorchFunctionMode):
         else:
             return
         for key, entry in entries:
-            if _tensors(entry) and not (isinstance(entry, torch.Tensor) and id(entry) in self.node_of):
+            if tensors_in(entry) and not (isinstance(entry, torch.Tensor) and id(entry) in self.node_of):
                 access = getattr if not isinstance(value, (Mapping, tuple, list)) else operator.getitem
                 item = self.graph.call_function(access, (node, key))
                 self._locate(item)
                 self._results(item, entry)
 
     def finish(self, output: Any) -> fx.GraphModule:
-        tensors = [leaf for leaf in _tensors(output)]
+        tensors = [leaf for leaf in tensors_in(output)]
         self.graph.output(tuple(self._node_of(t) for t in tensors))
         root = nn.Module()
         for name in ("_parameters", "_buffers", "_modules"):
@@ -321,16 +321,16 @@ class _TapeModule(fx.GraphModule):
         """Make no code."""
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
+def tensors_in(value: Any) -> list[torch.Tensor]:
     """Return the tensors in a nested value, also in those of mappings and dataclasses."""
     if isinstance(value, torch.Tensor):
         return [value]
     if isinstance(value, Mapping):
-        return [t for v in value.values() for t in _tensors(v)]
+        return [t for v in value.values() for t in tensors_in(v)]
     if isinstance(value, (tuple, list)):
-        return [t for v in value for t in _tensors(v)]
+        return [t for v in value for t in tensors_in(v)]
     if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        return [t for name in value.__dataclass_fields__ for t in _tensors(getattr(value, name))]
+        return [t for name in value.__dataclass_fields__ for t in tensors_in(getattr(value, name))]
     return []
 
 

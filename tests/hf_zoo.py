@@ -13,15 +13,12 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fnmatch
 import multiprocessing
 import os
 import sys
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -34,7 +31,7 @@ from checks import wake  # noqa: E402
 from hf_cases import CASES, Case  # noqa: E402
 from hf_checks import Pair, checks_of  # noqa: E402
 from torch import nn  # noqa: E402
-from zoo import FINE, Outcome, table  # noqa: E402
+from zoo import Outcome, chosen, run_all  # noqa: E402
 
 import hc_transform as hct  # noqa: E402
 
@@ -140,13 +137,6 @@ def run(name: str, limit: float = LIMIT, original: bool = False) -> Outcome:
     return outcome
 
 
-def chosen(patterns: list[str]) -> Iterator[str]:
-    """Yield the names that match a pattern."""
-    for case in CASES:
-        if not patterns or any(fnmatch.fnmatch(case.name, p) for p in patterns):
-            yield case.name
-
-
 def main() -> int:
     """Run the zoo and return 1 if anything is not as expected."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -156,18 +146,11 @@ def main() -> int:
     parser.add_argument("--original", action="store_true", help="check the cases: no conversion")
     parser.add_argument("--here", action="store_true", help="in this process, to debug")
     options = parser.parse_args()
-    outcomes: list[Outcome] = []
 
     def one(name: str) -> Outcome:
         return check_one(name, options.original) if options.here else run(name, options.limit, options.original)
 
-    with ThreadPoolExecutor(1 if options.here else options.jobs) as pool:
-        for outcome in pool.map(one, chosen(options.names)):
-            outcomes.append(outcome)
-            line = f"{outcome.name}: {outcome.found} {outcome.status} {outcome.seconds:.0f} s"
-            print(line, file=sys.stderr, flush=True)
-    print(table(outcomes))
-    return int(any(o.status not in FINE for o in outcomes))
+    return run_all(one, chosen(CASES, options.names), 1 if options.here else options.jobs)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,11 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tabulate import tabulate
@@ -167,11 +168,22 @@ def table(outcomes: Iterable[Outcome]) -> str:
     return "\n\n".join(parts)
 
 
-def chosen(patterns: list[str]) -> Iterator[str]:
-    """Yield the names that match a pattern."""
-    for case in CASES:
+def chosen(cases: Iterable[Any], patterns: list[str]) -> Iterator[str]:
+    """Yield the names of cases that match a pattern."""
+    for case in cases:
         if not patterns or any(fnmatch.fnmatch(case.name, p) for p in patterns):
             yield case.name
+
+
+def run_all(one: Callable[[str], Outcome], names: Iterable[str], jobs: int) -> int:
+    """Check every name and print a table; return 1 if anything is not as expected."""
+    outcomes: list[Outcome] = []
+    with ThreadPoolExecutor(jobs) as pool:
+        for o in pool.map(one, names):
+            outcomes.append(o)
+            print(f"{o.name}: {o.found} {o.status} {o.seconds:.0f} s", file=sys.stderr, flush=True)
+    print(table(outcomes))
+    return int(any(o.status not in FINE for o in outcomes))
 
 
 def main() -> int:
@@ -185,15 +197,7 @@ def main() -> int:
     if options.one:
         print(json.dumps(asdict(check_one(options.one))))
         return 0
-    outcomes: list[Outcome] = []
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for outcome in pool.map(lambda name: run(name, options.limit), chosen(options.names)):
-            outcomes.append(outcome)
-            print(
-                f"{outcome.name}: {outcome.found} {outcome.status} {outcome.seconds:.0f} s", file=sys.stderr, flush=True
-            )
-    print(table(outcomes))
-    return int(any(o.status not in FINE for o in outcomes))
+    return run_all(lambda name: run(name, options.limit), chosen(CASES, options.names), options.jobs)
 
 
 if __name__ == "__main__":
