@@ -98,8 +98,7 @@ class Connection(nn.Module):
 
     def _forward(self, *streams: Tensor) -> AnyCoefficients:
         with without_autocast(streams[0]):
-            unrolled = self.num_streams <= MAX_UNROLLED and streams[0].device.type not in PACKED_DEVICES
-            if torch.compiler.is_compiling() and unrolled:
+            if torch.compiler.is_compiling() and self._unrolls(streams[0]):
                 compiled = self._compiled(streams)
                 if compiled is not None:
                     return compiled
@@ -108,6 +107,9 @@ class Connection(nn.Module):
             return PackedCoefficients(self._split(h_pre), self._split(h_post), h_res, self.feature_axis)
         rows = None if h_res is None else tuple(self._split(row) for row in h_res.unbind(-2))
         return Coefficients(self._split(h_pre), self._split(h_post), rows)
+
+    def _unrolls(self, stream: Tensor) -> bool:
+        return self.num_streams <= MAX_UNROLLED and stream.device.type not in PACKED_DEVICES
 
     def _compiled(self, streams: tuple[Tensor, ...]) -> AnyCoefficients | None:
         n = self.num_streams
