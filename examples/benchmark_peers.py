@@ -79,6 +79,14 @@ def vit(depth: int, dim: int, heads: int) -> Transformer:
     return Transformer(depth, dim, heads, Patches(dim), 1000, causal=False)
 
 
+MODELS = {"gpt": gpt, "vit": vit}
+
+
+def example(model: str, batch: int, length: int) -> Tensor:
+    """Return what a model of ``MODELS`` takes: tokens, or images."""
+    return torch.randint(0, 256, (batch, length)) if model == "gpt" else torch.randn(batch, 3, 224, 224)
+
+
 class ByHand(nn.Module):
     """The same with lucidrains' layers around the branches."""
 
@@ -108,7 +116,7 @@ class ByHand(nn.Module):
 def main() -> None:
     """Print one table, or JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("gpt", "vit"), default="gpt")
+    parser.add_argument("--model", choices=MODELS, default="gpt")
     for name in ("depth", "dim", "heads"):
         parser.add_argument(f"--{name}", type=int, help="6, 256 and 4 of the GPT, 12, 384 and 6 of the ViT")
     for name, default in (("length", 256), ("batch", 8), ("streams", 4)):
@@ -128,10 +136,9 @@ def main() -> None:
     sizes = (6, 256, 4) if options.model == "gpt" else (12, 384, 6)
     depth, dim, heads = (getattr(options, k) or size for k, size in zip(("depth", "dim", "heads"), sizes, strict=True))
     dtype = getattr(torch, options.dtype)
-    plain = (gpt if options.model == "gpt" else vit)(depth, dim, heads).to(device, dtype)
-    x = torch.randint(0, 256, (options.batch, options.length), device=device)
-    if options.model == "vit":
-        x = torch.randn(options.batch, 3, 224, 224, device=device, dtype=dtype)
+    plain = MODELS[options.model](depth, dim, heads).to(device, dtype)
+    x = example(options.model, options.batch, options.length)
+    x = x.to(device, dtype if x.is_floating_point() else x.dtype)
     models: dict[str, nn.Module] = {"plain": plain}
     for name in options.connections:
         models[name] = hct.convert(plain, (x,), connection=name, num_streams=options.streams, verify=False)

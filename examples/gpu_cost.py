@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from benchmark_peers import ByHand, gpt, vit
+from benchmark_peers import MODELS, ByHand, example
 from tabulate import tabulate
 from torch import Tensor, nn
 
@@ -69,10 +69,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.manual_seed(0)
     dim = DIMS[options.model]
-    plain = (gpt if options.model == "gpt" else vit)(options.depth, dim, dim // 64).bfloat16()
-    x = torch.randint(0, 256, (options.batch, 1024))
-    if options.model == "vit":
-        x = torch.randn(options.batch, 3, 224, 224).bfloat16()
+    plain = MODELS[options.model](options.depth, dim, dim // 64).bfloat16()
+    x = example(options.model, options.batch, 1024)
+    x = x.bfloat16() if x.is_floating_point() else x
     u = 2 * options.batch * dim * (1024 if options.model == "gpt" else 196)
     rows = [row("plain", plain, x, u)]
     for scope in options.scope:
