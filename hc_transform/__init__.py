@@ -34,6 +34,7 @@ from .module import HyperConnectedModule
 from .options import Options
 from .packed import StreamEmbed, get_expand_reduce_stream_functions
 from .planner import Plan, make_plan
+from .regional import compile_regions
 from .report import Record, Report
 from .rewrite import rewrite
 from .sinkhorn import SinkhornError, sinkhorn, sinkhorn_error
@@ -82,6 +83,7 @@ __all__ = [
     "UnsupportedModel",
     "block_graphs",
     "carry",
+    "compile_regions",
     "convert",
     "expand",
     "find_residuals",

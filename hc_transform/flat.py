@@ -22,6 +22,8 @@ def flatten_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     for node in graph.nodes:
         args, kwargs = (_replaced(a, fx.Node, lambda n: NodeRef(index[n])) for a in (node.args, node.kwargs))
         meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+        if getattr(node.meta.get("hc_type"), "__module__", None) in ("builtins", "torch"):
+            meta["hc_type"] = node.meta["hc_type"]
         rows.append((node.op, node.name, node.target, args, kwargs, meta))
     return rows
 

@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 import operator
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,11 +16,13 @@ from torch.utils import _pytree as pytree
 from .additions import CONNECTIONS_NAME
 from .errors import DecisionChanged, TraceError
 from .flat import flatten_graph, unflatten_graph
+from .graph_code import shared_function_of
 from .guards import CHECKS
 from .hints import Hints
 from .options import Options
 from .pipeline import Analysis, analyse
 from .reads import is_shape_read
+from .regions import in_regions
 from .report import Report
 from .rewrite import rewritten_graph
 from .structure import keep_plain_tensors, state_restored, undone_on
@@ -51,7 +52,7 @@ class Variant:
 
     def __init__(self, graph: fx.Graph) -> None:
         self.graph = graph
-        self.forward = _compiled(graph)
+        self.whole = self.forward = shared_function_of(graph)
         self.needs = needs_of(graph)
 
     def __reduce__(self) -> Any:
@@ -104,7 +105,9 @@ class HyperConnectedModule(fx.GraphModule):
         """Compile the graph's code; ``forward`` runs it and minds its decisions."""
         code = super().recompile()
         cls: Any = type(self)
-        cls._run_graph = cls.forward
+        cls._run_graph = self._in_regions(self._graph, cls.forward)
+        for variant in self.__dict__.get("_variants", ()):
+            variant.forward = self._in_regions(variant.graph, variant.whole)
         self._needs = needs_of(self._graph)
         self._watched = self._needs.late
         self._chosen: dict[Any, int] = {}  # for each kind of call, the graph that ran it
@@ -122,6 +125,24 @@ class HyperConnectedModule(fx.GraphModule):
         own.__code__ = own.__code__.replace()  # torch.compile counts recompilations by code object
         cls.forward = own
         return code
+
+    def compile_regions(self, **settings: Any) -> None:
+        """See :func:`hc_transform.compile_regions`."""
+        self._region_settings = settings
+        self.recompile()
+
+    def _in_regions(self, graph: fx.Graph, whole: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what runs ``graph``: compiled regions if they were asked for, else ``whole``."""
+        settings = self.__dict__.get("_region_settings")
+        if settings is None:
+            return whole
+        regions = in_regions(graph, self, settings)
+
+        def run(self: HyperConnectedModule, *args: Any, **kwargs: Any) -> Any:
+            function = whole if torch.compiler.is_compiling() else regions  # a compiler that looks on gets all of it
+            return function(self, *args, **kwargs)
+
+        return run
 
     def _run_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the first graph that decides as this call does; undo what others did to the state before they stopped."""
@@ -193,6 +214,7 @@ class HyperConnectedModule(fx.GraphModule):
         adopt_constants(self, graph, analysis.trace.graph_module)
         log.info("traced again: %s", change)
         variant = Variant(graph)
+        variant.forward = self._in_regions(graph, variant.whole)
         self._variants.append(variant)
         self._watched = self._watched or variant.needs.late
         return variant
@@ -239,21 +261,6 @@ def _kind_of_input(value: Any) -> Any:
     if isinstance(value, (bool, int, float, complex, str, type(None))):
         return type(value), value
     return None
-
-
-_FUNCTIONS: weakref.WeakValueDictionary[Any, Any] = weakref.WeakValueDictionary()
-
-
-def _compiled(graph: fx.Graph) -> Callable[..., Any]:
-    """Return the function of a graph; equal graphs share one, and so its compiled code."""
-    code = graph.python_code("self")
-    key = code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items()))
-    function = _FUNCTIONS.get(key)
-    if function is None:
-        namespace = dict(code.globals)
-        exec(compile(code.src, "<hc_transform variant>", "exec"), namespace)
-        function = _FUNCTIONS[key] = namespace["forward"]
-    return function
 
 
 def adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> None:

@@ -362,10 +362,9 @@ def _product(value: Tensor, weight: Tensor) -> Tensor:
 
 
 def stored(values: Sequence[Tensor]) -> Streams:
-    """Return ``values``; in compiled code their gradients are added up and written to memory once.
+    """Return ``values``; in compiled code they and the sums of their gradients are written to memory once.
 
-    Every use of a stream gives a part of its gradient, and several kernels read the sum. Inductor would save
-    the parts, some of them in fp32, and add them up in each kernel anew.
+    Several kernels read each of them. Inductor would make some anew in every kernel, and keep others in fp32.
     """
     if torch.compiler.is_compiling() and torch.is_grad_enabled():
         return _stored(*values)
@@ -397,7 +396,7 @@ def _stored(*values: Tensor) -> Streams:
 class _Stored(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *values: Tensor) -> Streams:
-        return tuple([value.clone() for value in values])
+        return tuple([in_memory(value) for value in values])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

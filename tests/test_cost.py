@@ -106,7 +106,7 @@ def measured(connection):
 # Launches forward and backward, traffic forward and backward and saved activations in units of one stream.
 RECORDED = {
     "None": (5, 11, 13.3, 20.6, 3.0),
-    "static": (7, 17, 20.3, 43.8, 5.0),
+    "static": (7, 17, 21.3, 41.8, 10.0),
     "dynamic": (9, 28, 21.5, 56.3, 10.2),
     "mhc": (13, 35, 29.7, 64.6, 10.3),
     "kromhc": (10, 20, 21.4, 58.0, 10.1),
