@@ -22,11 +22,20 @@ def function_of(graph: fx.Graph, name: str) -> Callable[..., Any]:
 def shared_function_of(graph: fx.Graph) -> Callable[..., Any]:
     """Return the function of ``graph``; equal graphs share one, and so its compiled code."""
     code = graph.python_code("self")
-    key = code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items()))
+    key = _key(code)
     function = _SHARED.get(key)
     if function is None:
         function = _SHARED[key] = _function(code)
     return function
+
+
+def code_key(graph: fx.Graph) -> Any:
+    """Return what is equal for graphs of the same code, while the objects that it names are alive."""
+    return _key(graph.python_code("self"))
+
+
+def _key(code: Any) -> Any:
+    return code.src, tuple(sorted((name, id(value)) for name, value in code.globals.items()))
 
 
 def _function(code: Any) -> Callable[..., Any]:

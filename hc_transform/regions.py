@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from . import streams as ops
-from .graph_code import function_of, shared_function_of
+from .graph_code import code_key, function_of, shared_function_of
 from .guards import CHECKS
 from .reads import is_shape_read
 
@@ -44,9 +44,7 @@ class Region:
 
     def kind(self, root: nn.Module) -> Any:
         """Return what is equal for regions that one compiled function can run."""
-        code = self.graph.python_code("self")
-        used = tuple(sorted((name, id(value)) for name, value in code.globals.items()))
-        return code.src, used, tuple(_shapes(operator.attrgetter(path)(root)) for path in self.attributes)
+        return code_key(self.graph), tuple(_shapes(operator.attrgetter(path)(root)) for path in self.attributes)
 
 
 def in_regions(graph: fx.Graph, root: nn.Module, settings: Mapping[str, Any]) -> Callable[..., Any]:

@@ -72,6 +72,18 @@ def compiled_pieces(hc, *inputs, **settings):
     return output, counter.frame_count
 
 
+def same_in_regions(hc, *inputs, **settings):
+    """Compare output and gradients before and after ``hc`` is compiled in regions; return the output before."""
+    parameters = list(hc.parameters())
+    reference = first(hc(*inputs))
+    expected = torch.autograd.grad(reference.float().square().mean(), parameters)
+    output = first(hct.compile_regions(hc, **settings)(*inputs))
+    assert error(output, reference) <= 1e-5
+    for a, b in zip(torch.autograd.grad(output.float().square().mean(), parameters), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    return reference
+
+
 @pytest.mark.parametrize(("blocks", "pieces"), STACKS.values(), ids=STACKS.keys())
 def test_equal_regions_are_compiled_once(blocks, pieces):
     x = torch.randn(2, 5, 8)
@@ -112,13 +124,7 @@ def test_whole_models(model, inputs, scope):
     with torch.no_grad():
         for parameter in hc.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
-    parameters = list(hc.parameters())
-    reference = first(hc(*inputs))
-    expected = torch.autograd.grad(reference.float().square().mean(), parameters)
-    output = first(hct.compile_regions(hc, backend="aot_eager")(*inputs))
-    assert error(output, reference) <= 1e-5
-    for a, b in zip(torch.autograd.grad(output.float().square().mean(), parameters), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    reference = same_in_regions(hc, *inputs, backend="aot_eager")
     with torch.no_grad():
         assert error(first(hc(*inputs)), reference) <= 1e-5
 
@@ -128,13 +134,7 @@ def test_whole_models(model, inputs, scope):
 def test_inductor(connection):
     tokens = torch.randint(0, 65, (2, 16))
     hc = hct.convert(wake(GPT()), (tokens, tokens), connection=connection, scope="graph").eval()
-    parameters = list(hc.parameters())
-    reference = first(hc(tokens, tokens))
-    expected = torch.autograd.grad(reference.float().square().mean(), parameters)
-    output = first(hct.compile_regions(hc, fullgraph=True)(tokens, tokens))
-    assert error(output, reference) <= 1e-5
-    for a, b in zip(torch.autograd.grad(output.float().square().mean(), parameters), expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+    same_in_regions(hc, tokens, tokens, fullgraph=True)
 
 
 def test_modes_and_random_draws_are_those_of_eager_mode():
