@@ -2,7 +2,7 @@
 
 A compiler sees a single call in place of 2 * iterations reductions and as many divisions, and the
 backward pass keeps the logits alone. On NVIDIA GPUs forward and backward are one Triton kernel each, in
-fp32 and for n up to 16; everything else runs in the operations of torch below.
+fp32 and for n up to 16; everything else, and exported programs, run in the operations of torch below.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def sinkhorn(logits: Tensor, iterations: int = 20, eps: float = 0.0) -> Tensor:
         raise ValueError(f"sinkhorn needs at least 1 iteration, got {iterations}")
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
+    if torch.compiler.is_exporting():  # exported programs run where this package is not
+        return _by_torch(logits, iterations, eps)
     return _sinkhorn(logits, iterations, eps)
 
 
@@ -82,7 +84,7 @@ def sinkhorn_error(matrix: Tensor) -> SinkhornError:
 def _sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
     if kernels := _kernels_for(logits):
         return kernels.forward(logits, iterations, eps)
-    return _from_planes(_iterate(_to_planes(logits), iterations, eps)[0], logits)
+    return _by_torch(logits, iterations, eps)
 
 
 @_sinkhorn.register_fake
@@ -146,6 +148,10 @@ def _kernels() -> ModuleType | None:
     except ImportError:
         return None
     return sinkhorn_kernels
+
+
+def _by_torch(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    return _from_planes(_iterate(_to_planes(logits), iterations, eps)[0], logits)
 
 
 def _iterate(x: Tensor, iterations: int, eps: float) -> tuple[Tensor, list[tuple[int, Tensor]]]:

@@ -139,7 +139,15 @@ def write(
     rows = zip(coefficients.h_res, coefficients.h_post, strict=True)
     if branch_first:
         return stored([_weighted_sum((post, *row), (branch, *streams), dtype) for row, post in rows])
-    return stored([_weighted_sum((*row, post), (*streams, branch), dtype) for row, post in rows])
+    return stored([_weighted_sum(_second(post, row), _second(branch, streams), dtype) for row, post in rows])
+
+
+def _second(value: Tensor, others: Sequence[Tensor]) -> Streams:
+    """Return ``others`` with ``value``, of the branch, after the first.
+
+    Were it the last, compiled code would add up the streams as soon as it makes them, and keep the sums in fp32.
+    """
+    return (others[0], value, *others[1:])
 
 
 def mix(streams: Sequence[Tensor], coefficients: AnyCoefficients) -> Streams:
@@ -366,9 +374,12 @@ def stored(values: Sequence[Tensor]) -> Streams:
 
     Several kernels read each of them. Inductor would make some anew in every kernel, and keep others in fp32.
     """
-    if torch.compiler.is_compiling() and torch.is_grad_enabled():
-        return _stored(*values)
-    return tuple(values)
+    return _stored(*values) if compiling() else tuple(values)
+
+
+def compiling() -> bool:
+    """Whether a compiler will run this code here. Exported programs run anywhere, with torch's own operators alone."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 @torch.compiler.allow_in_graph

@@ -13,6 +13,7 @@ from ..streams import (
     Coefficients,
     CompiledCoefficients,
     PackedCoefficients,
+    compiling,
     entries,
     recomputed,
     twice,
@@ -98,7 +99,7 @@ class Connection(nn.Module):
 
     def _forward(self, *streams: Tensor) -> AnyCoefficients:
         with without_autocast(streams[0]):
-            if torch.compiler.is_compiling() and self._unrolls(streams[0]):
+            if compiling() and self._unrolls(streams[0]):
                 compiled = self._compiled(streams)
                 if compiled is not None:
                     return compiled

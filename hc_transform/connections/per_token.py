@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import permutations
 from typing import Any
 
@@ -40,9 +40,10 @@ def dynamic_entries(axis: int, tanh: bool, projection: Tensor, *tensors: Tensor)
     pre, post, res, (scale_alpha,), (scale_beta,) = spread(tensors[:5], tensors[5], axis)
     n = len(pre)
     h_pre, h_post, h_res = [], [], [*res]
+    products = products_with(projection.unsqueeze(0), axis)
     for j, stream in enumerate(tensors[5:]):
         scale = torch.rsqrt(mean_square((stream,), axis) + EPS)
-        dynamic = [part * scale for part in row_products((stream,), projection.unsqueeze(0), axis)]
+        dynamic = [part * scale for part in products(stream)]
         if tanh:
             dynamic = [torch.tanh(part) for part in dynamic]
         h_pre.append(pre[j] + scale_alpha * dynamic[0])
@@ -164,18 +165,23 @@ def row_products(streams: Sequence[Tensor], weight: Tensor, axis: int) -> Entrie
     features, and the gradient of the streams k more multiplications. Large ones take a matrix product of
     their own, that reads the streams again.
     """
-    weight = full_precision(weight)
     if len(streams) > 1 and all(stream is streams[0] for stream in streams):  # as they are where a trunk begins
-        streams, weight = streams[:1], weight.sum(0, keepdim=True)
+        streams, weight = streams[:1], full_precision(weight).sum(0, keepdim=True)
+    return products_with(weight, axis)(*streams)
+
+
+def products_with(weight: Tensor, axis: int) -> Callable[..., Entries]:
+    """Return :func:`row_products` as a function of the streams alone."""
+    weight = full_precision(weight)
     if weight.numel() * 2 <= UNROLLED_BYTES:
-        return _RowProducts.apply(weight, axis, *streams)
-    return _MatrixProducts.apply(weight, axis, *streams).unbind(0)
+        rows = _by_feature(weight.detach())
+        return lambda *streams: _RowProducts.apply(weight, rows, axis, *streams)
+    return lambda *streams: _MatrixProducts.apply(weight, axis, *streams).unbind(0)
 
 
 class _RowProducts(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, axis: int, *streams: Tensor) -> Entries:
-        rows = _by_feature(weight)  # (m, k, D)
+    def forward(ctx: Any, weight: Tensor, rows: Tensor, axis: int, *streams: Tensor) -> Entries:
         ctx.axis = axis
         ctx.save_for_backward(rows, *streams)
         return tuple(
@@ -190,7 +196,7 @@ class _RowProducts(torch.autograd.Function):
         for j, x in enumerate(streams):
             products = [gradient * column[j] for gradient, column in zip(gradients, columns, strict=True)]
             by_stream.append(functools.reduce(operator.add, products).to(x.dtype))
-        return (_outer_products(streams, gradients, ctx.axis), None, *by_stream)
+        return (_outer_products(streams, gradients, ctx.axis), None, None, *by_stream)
 
 
 class _MatrixProducts(torch.autograd.Function):
