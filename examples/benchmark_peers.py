@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--mode", choices=("train", "infer"), default="train")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--regions", action="store_true", help="compile converted models in regions")
     parser.add_argument("--no-count", dest="count", action="store_false", help="leave out kernels and bytes")
     parser.add_argument("--bandwidth", type=float, default=H100_BANDWIDTH / 1e12, help="of the GPU, in TB/s")
     parser.add_argument("--json", action="store_true")
@@ -152,6 +153,7 @@ def main() -> None:
         repeats=options.repeats,
         compiled=options.compile,
         count=options.count,
+        regions=options.regions,
     )
     if options.json:
         json.dump({name: f.to_dict() for name, f in figures.items()}, sys.stdout, indent=1)

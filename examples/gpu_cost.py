@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,16 +24,16 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import hc_transform as hct
-from hc_transform.cost import inductor_cost
+from hc_transform.cost import Cost, inductor_cost, regional_cost
 
 CONNECTIONS = ["static", "identity", "dynamic", "kromhc", "mhc", "mhc-lite"]
 DIMS = {"gpt": 768, "vit": 384}
 
 
-def row(name: str, model: nn.Module, x: Tensor, u: int) -> dict[str, Any]:
+def row(name: str, count: Callable[..., Cost], model: nn.Module, x: Tensor, u: int) -> dict[str, Any]:
     """Return the figures of a training step of one model."""
     start = time.perf_counter()
-    cost = inductor_cost(model.train(), x)
+    cost = count(model.train(), x)
     print(f"{name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
     return {
         "model": name,
@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--connections", nargs="*", default=CONNECTIONS)
     parser.add_argument("--scope", nargs="*", choices=("graph", "blocks"), default=["graph"])
     parser.add_argument("--recompute", action="store_true", help="each connection with recompute=True too")
+    parser.add_argument("--regions", action="store_true", help="each graph compiled in regions too")
     parser.add_argument("--peers", nargs="*", default=[], help="HyperConnections, mHCv2: applied by hand")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -73,15 +74,19 @@ def main() -> None:
     x = example(options.model, options.batch, 1024)
     x = x.bfloat16() if x.is_floating_point() else x
     u = 2 * options.batch * dim * (1024 if options.model == "gpt" else 196)
-    rows = [row("plain", plain, x, u)]
+    rows = [row("plain", inductor_cost, plain, x, u)]
     for scope in options.scope:
         for connection in options.connections:
             for recompute in (False, True) if options.recompute else (False,):
                 settings = {"connection": connection, "scope": scope, "recompute": recompute}
                 model = hct.convert(plain, (x[:1],), num_streams=options.streams, verify=False, **settings)
-                rows.append(row(f"{connection}, {scope}{', recompute' if recompute else ''}", model, x, u))
+                name = f"{connection}, {scope}{', recompute' if recompute else ''}"
+                rows.append(row(name, inductor_cost, model, x, u))
+                if options.regions and scope == "graph":
+                    rows.append(row(f"{name}, regions", regional_cost, model, x, u))
     for peer in options.peers:
-        rows.append(row(f"lucidrains {peer}", ByHand(plain, dim, options.streams, peer).bfloat16(), x, u))
+        model = ByHand(plain, dim, options.streams, peer).bfloat16()
+        rows.append(row(f"lucidrains {peer}", inductor_cost, model, x, u))
     residuals = 2 * options.depth
     if options.json:
         json.dump({"residuals": residuals, "rows": rows}, sys.stdout, indent=1)

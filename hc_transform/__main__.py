@@ -65,6 +65,7 @@ def benchmark(options: argparse.Namespace) -> int:
         repeats=options.repeats,
         compiled=options.compile,
         count=options.count,
+        regions=options.regions,
     )
     if options.json:
         print(json.dumps({name: f.to_dict() for name, f in figures.items()}, indent=1))
@@ -168,6 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--device", help="where to run (default: CUDA where there is one, else the CPU)")
     command.add_argument("--repeats", type=int, default=10, metavar="R", help="timed repetitions (default 10)")
     command.add_argument("--no-compile", dest="compile", action="store_false", help="eager mode alone")
+    command.add_argument("--regions", action="store_true", help="compile the converted model in regions")
     command.add_argument("--no-count", dest="count", action="store_false", help="leave out kernels and bytes of a GPU")
     command.add_argument(
         "--bandwidth", type=float, default=H100_BANDWIDTH / 1e12, metavar="TB/S", help="of the GPU that is estimated"

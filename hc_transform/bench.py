@@ -6,6 +6,7 @@ kernels and bytes those of the code that Inductor makes for an H100 (:mod:`hc_tr
 
 from __future__ import annotations
 
+import copy
 import statistics
 import sys
 import time
@@ -20,7 +21,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .cost import H100_BANDWIDTH, Cost, cost_available, inductor_cost
+from .cost import H100_BANDWIDTH, Cost, cost_available, inductor_cost, regional_cost
+from .module import HyperConnectedModule
+from .regional import compile_regions, converted_modules
 
 PASSES = {"infer": ("forward",), "train": ("forward", "forward + backward")}
 
@@ -80,6 +83,7 @@ def bench(
     repeats: int = 10,
     compiled: bool = True,
     count: bool = True,
+    regions: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Figures]:
     """Measure every model on the same inputs.
@@ -93,6 +97,8 @@ def bench(
         repeats: timed repetitions, after one that is not.
         compiled: measure ``torch.compile``'s code too.
         count: count kernels and bytes of its GPU code too, where that is possible.
+        regions: compile converted models in regions; those of ``scope="blocks"``, which run code outside of them, are
+            then not counted.
         progress: called with a line now and then; by default lines go to stderr.
 
     Raises:
@@ -113,7 +119,7 @@ def bench(
         torch._dynamo.reset()
         for name, model in models.items():
             say(f"compiling {name}")
-            runs["compiled"][name], figures[name].compile_seconds = _compile(model, inputs, mode)
+            runs["compiled"][name], figures[name].compile_seconds = _compile(model, inputs, mode, regions)
             if _device(inputs).type == "cuda":
                 figures[name].compiled_peak_bytes = peak_bytes(runs["compiled"][name], inputs, mode)
     for kind, variants in runs.items():
@@ -124,9 +130,9 @@ def bench(
     if count and cost_available():
         for name, model in models.items():
             say(f"counting kernels of {name}")
-            copy = [x.cpu() if isinstance(x, Tensor) else x for x in inputs]
+            on_cpu = [x.cpu() if isinstance(x, Tensor) else x for x in inputs]
             if all(p.device.type == "cpu" for p in model.parameters()):
-                figures[name].cost = inductor_cost(model, *copy, training=mode == "train")
+                figures[name].cost = _cost(model, on_cpu, mode, regions)
     return figures
 
 
@@ -231,11 +237,26 @@ class _PeakMemory(TorchDispatchMode):
         self.live -= size
 
 
-def _compile(model: Any, inputs: Sequence[Any], mode: str) -> tuple[Any, float]:
+def _cost(model: nn.Module, inputs: Sequence[Any], mode: str, regions: bool) -> Cost | None:
+    if not regions or not _is_converted(model):
+        return inductor_cost(model, *inputs, training=mode == "train")
+    if isinstance(model, HyperConnectedModule):
+        return regional_cost(model, *inputs, training=mode == "train")
+    return None
+
+
+def _is_converted(model: nn.Module) -> bool:
+    return any(True for _ in converted_modules(model))
+
+
+def _compile(model: Any, inputs: Sequence[Any], mode: str, regions: bool) -> tuple[Any, float]:
     from torch._inductor.utils import fresh_cache
 
     with fresh_cache():
-        compiled: Any = torch.compile(model, dynamic=False)
+        if regions and _is_converted(model):
+            compiled: Any = compile_regions(copy.deepcopy(model), dynamic=False)
+        else:
+            compiled = torch.compile(model, dynamic=False)
         start = time.perf_counter()
         _step(compiled, inputs, PASSES[mode][-1], mode)
         return compiled, time.perf_counter() - start

@@ -8,6 +8,7 @@ figures do not depend on the machine or its load.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .pretend_gpu import compile_for_gpu
+from .module import HyperConnectedModule
+from .pretend_gpu import compile_for_gpu, formulated_for_gpu, gpu_backend
+from .structure import tensors_within
 
 H100_BANDWIDTH = 3.35e12  # bytes a second
 
@@ -104,26 +107,97 @@ def inductor_cost(function: nn.Module | Callable[..., Any], *inputs: Any, traini
     >>> cost.forward.kernels, cost.forward.bytes
     (1, 8192)
     """
-    forward: list[GraphCost] = []
-    backward: list[GraphCost] = []
-    produced: dict[str, tuple[int, int]] = {}
-    saved: list[int] = []
+    counter = _Counter()
+    with contextlib.nullcontext() if training else torch.no_grad():
+        compile_for_gpu(function, inputs, counter)
+    return counter.cost()
 
-    def on_graph(lowering: Any, code: str, gm: fx.GraphModule, fakes: Sequence[Any]) -> None:
+
+def regional_cost(model: HyperConnectedModule, *inputs: Any, training: bool = True) -> Cost:
+    """Return what ``model(*inputs)`` costs, compiled in regions: :func:`inductor_cost` of each, for each of its calls.
+
+    Args:
+        model: a converted model with ``scope="graph"``, all of which is in regions.
+        inputs: its arguments, on the CPU.
+        training: count the backward pass too.
+    """
+    calls: list[Cost] = []
+    regions = copy.deepcopy(model)
+    given = {_storage(t) for t in (*regions.parameters(), *regions.buffers(), *tensors_within(inputs, set()))}
+    kept: dict[int, torch.Tensor] = {}  # what one region made and another one keeps
+
+    def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
+        counter = _Counter()
+        gpu_backend(counter)(gm, example_inputs)
+        cost, kept_inputs = counter.cost(), counter.kept_inputs
+        made: Any = gm.graph.output_node().args[0]
+        values = [node.meta["example_value"] for node in made]
+        outputs = [(t.size(), t.stride(), t.dtype, t.requires_grad) for t in values]
+
+        def run(*args: Any) -> list[torch.Tensor]:
+            calls.append(cost)
+            kept.update({_storage(args[i]): args[i] for i in kept_inputs if _storage(args[i]) not in given})
+            return [
+                torch.empty_strided(size, stride, dtype=dtype).zero_().requires_grad_(differentiable)
+                for size, stride, dtype, differentiable in outputs
+            ]
+
+        return run
+
+    torch._dynamo.reset()
+    try:
+        with formulated_for_gpu(), contextlib.nullcontext() if training else torch.no_grad():
+            regions.compile_regions(backend=backend, fullgraph=True, dynamic=False)
+            regions(*inputs)
+    finally:
+        torch._dynamo.reset()
+    return Cost(
+        _together([call.forward for call in calls]),
+        _together([call.backward for call in calls]),
+        sum(call.saved_bytes for call in calls) + sum(t.untyped_storage().nbytes() for t in kept.values()),
+    )
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _together(graphs: Sequence[GraphCost]) -> GraphCost:
+    return GraphCost(tuple(launch for graph in graphs for launch in graph.launches), "\n".join(g.code for g in graphs))
+
+
+class _Counter:
+    """Count the graphs of one function as they are compiled."""
+
+    def __init__(self) -> None:
+        self.forward: list[GraphCost] = []
+        self.backward: list[GraphCost] = []
+        self.produced: dict[str, tuple[int, int]] = {}
+        self.inputs: list[str] = []
+        self.kept_inputs: list[int] = []
+        self.saved_bytes = 0
+
+    def __call__(self, lowering: Any, code: str, gm: fx.GraphModule, fakes: Sequence[Any]) -> None:
         graph = GraphCost(tuple(_launches(lowering.scheduler.nodes)), code)
         if lowering.is_backward:
-            backward.append(graph)
-            kept = {produced[node.name] for node in gm.graph.find_nodes(op="placeholder") if node.name in produced}
-            saved.append(sum(size for _, size in kept))
+            self.backward.append(graph)
+            taken = _inputs(gm)
+            kept = {self.produced[name] for name in taken if name in self.produced}
+            self.saved_bytes += sum(size for _, size in kept)
+            self.kept_inputs = [i for i, name in enumerate(self.inputs) if name in taken]
         else:
-            forward.append(graph)
-            produced.update(_storages(gm))
+            self.forward.append(graph)
+            self.produced.update(_storages(gm))
+            self.inputs = _inputs(gm)
 
-    with contextlib.nullcontext() if training else torch.no_grad():
-        compile_for_gpu(function, inputs, on_graph)
-    if len(forward) != 1:
-        raise RuntimeError(f"expected one graph, the compiler made {len(forward)}")
-    return Cost(forward[0], backward[0] if backward else GraphCost(), sum(saved))
+    def cost(self) -> Cost:
+        if len(self.forward) != 1:
+            raise RuntimeError(f"expected one graph, the compiler made {len(self.forward)}")
+        return Cost(self.forward[0], self.backward[0] if self.backward else GraphCost(), self.saved_bytes)
+
+
+def _inputs(gm: fx.GraphModule) -> list[str]:
+    return [node.name for node in gm.graph.find_nodes(op="placeholder")]
 
 
 def _storages(gm: fx.GraphModule) -> dict[str, tuple[int, int]]:

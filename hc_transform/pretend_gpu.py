@@ -50,11 +50,25 @@ def compile_for_gpu(function: Callable[..., Any], inputs: Sequence[Any], on_grap
         on_graph: called for each graph, within the lowering's context, with Inductor's GraphLowering, the generated
             code, the graph and its fake inputs.
     """
-    from torch._functorch import config as functorch_config
+
+    def call(*args: Any) -> Any:  # a GraphModule called by itself would report where its code was stopped
+        return function(*args)
+
+    torch._dynamo.reset()
+    try:
+        with formulated_for_gpu(), contextlib.suppress(_HandedOver):
+            torch.compile(call, backend=gpu_backend(on_graph), fullgraph=True, dynamic=False)(*inputs)
+    finally:
+        torch._dynamo.reset()
+
+
+def gpu_backend(on_graph: OnGraph) -> Callable[..., Any]:
+    """Return a backend of ``torch.compile`` that generates the GPU's code, hands it to ``on_graph`` and runs nothing.
+
+    What it returns cannot be called. It is to be used under :func:`formulated_for_gpu`.
+    """
     from torch._inductor import compile_fx, graph
     from torch._inductor import config as inductor_config
-
-    from .connections import base
 
     def inner_compile(gm: fx.GraphModule, example_inputs: Sequence[Any], **settings: Any) -> Any:
         fakes = _moved(gm, example_inputs)
@@ -74,19 +88,21 @@ def compile_for_gpu(function: Callable[..., Any], inputs: Sequence[Any], on_grap
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
         return compile_fx.compile_fx(gm, example_inputs, inner_compile=inner_compile)
 
-    def call(*args: Any) -> Any:  # a GraphModule called by itself would report where its code was stopped
-        return function(*args)
+    return backend
 
-    torch._dynamo.reset()
-    try:
-        with (
-            mock.patch.object(base, "PACKED_DEVICES", ()),
-            functorch_config.patch(force_non_lazy_backward_lowering=True),
-            contextlib.suppress(_HandedOver),
-        ):
-            torch.compile(call, backend=backend, fullgraph=True, dynamic=False)(*inputs)
-    finally:
-        torch._dynamo.reset()
+
+@contextlib.contextmanager
+def formulated_for_gpu() -> Iterator[None]:
+    """Have connections take the form that they take on GPUs, and backward passes compiled with their forward passes."""
+    from torch._functorch import config as functorch_config
+
+    from .connections import base
+
+    with (
+        mock.patch.object(base, "PACKED_DEVICES", ()),
+        functorch_config.patch(force_non_lazy_backward_lowering=True),
+    ):
+        yield
 
 
 def _hand_over(*args: Any) -> Any:

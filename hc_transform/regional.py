@@ -45,7 +45,7 @@ def compile_regions(model: Model, **settings: Any) -> Model:
     >>> hc(torch.zeros(2, 4)).shape
     torch.Size([2, 4])
     """
-    found = list(_outermost(model))
+    found = list(converted_modules(model))
     if not found:
         raise UnsupportedModel(
             f"{type(model).__name__} has no converted module to compile. Convert it with hc_transform.convert first, "
@@ -59,10 +59,10 @@ def compile_regions(model: Model, **settings: Any) -> Model:
     return model
 
 
-def _outermost(module: nn.Module) -> Iterator[nn.Module]:
+def converted_modules(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the converted modules that are in no other."""
     if isinstance(module, HyperConnectedModule) or RUNNER in module.__dict__:
         yield module
         return
     for child in module.children():
-        yield from _outermost(child)
+        yield from converted_modules(child)

@@ -9,6 +9,7 @@ import torch
 from models import Chain
 from torch import nn
 
+import hc_transform as hct
 from hc_transform.__main__ import main
 from hc_transform.bench import Figures, Times, bench, peak_bytes, saved_bytes, table
 from hc_transform.cost import cost_available
@@ -62,6 +63,28 @@ def test_ratios_are_to_the_first():
     times = {"plain": (2e-3, 1e-3, 3e-3), "other": (3e-3, 5e-3, 1e-3)}
     text = table({name: Figures({"forward, eager": Times(seconds)}) for name, seconds in times.items()})
     assert "2.00 ms (1.00 to 3.00)" in text and "3.00 ms (1.00 to 5.00) [1.50]" in text
+
+
+@pytest.mark.skipif(not cost_available(), reason="needs Triton's compiler")
+def test_regions_are_counted_where_they_are_all_of_the_model():
+    x = torch.randn(2, 5, 8)
+    scopes = "graph", "blocks"
+    models = {"plain": chain(), **{scope: hct.convert(chain(), (x,), scope=scope) for scope in scopes}}
+    whole, regions = (bench(models, (x,), repeats=1, compiled=False, regions=flag) for flag in (False, True))
+    assert whole["plain"].cost.bytes == regions["plain"].cost.bytes
+    assert whole["graph"].cost.bytes < regions["graph"].cost.bytes
+    assert whole["blocks"].cost and regions["blocks"].cost is None
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+@pytest.mark.slow
+def test_compiled_in_regions(scope):
+    x = torch.randn(2, 5, 8)
+    hc = hct.convert(chain(), (x,), scope=scope)
+    figures = bench({"plain": chain(), "converted": hc}, (x,), repeats=2, count=False, regions=True)
+    assert figures["converted"].compile_seconds > 0
+    assert len(figures["converted"].times["forward + backward, compiled"].seconds) == 2
+    assert "_region_settings" not in vars(hc), "the model itself stays eager"
 
 
 @pytest.mark.parametrize("scope", ["graph", "blocks"])

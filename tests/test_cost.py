@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import hc_transform as hct
-from hc_transform.cost import cost_available, inductor_cost
+from hc_transform.cost import cost_available, inductor_cost, regional_cost
+from hc_transform.regions import repeating_parts
 
 pytestmark = pytest.mark.skipif(not cost_available(), reason="needs Triton's compiler")
 
@@ -101,6 +102,25 @@ def measured(connection):
         *(round(g.bytes / U, 1) for g in graphs),
         round(cost.saved_bytes / U, 1),
     )
+
+
+@pytest.mark.parametrize("connection", ["static", "dynamic"])
+def test_regions_read_the_streams_once_more(connection):
+    """What a region takes from the one before is read from memory again, and kept as it would be in one graph."""
+    x = torch.randn(N, D).bfloat16().requires_grad_()
+    one = chain(connection, 1)
+    whole, regions = (count(one, x) for count in (inductor_cost, regional_cost))
+    assert launches(regions.forward) == launches(whole.forward) and regions.saved_bytes == whole.saved_bytes
+    four = chain(connection, 4)
+    borders = (
+        len(repeating_parts([node for node in four.graph.nodes if "placeholder" != node.op != "output"], four)) - 1
+    )
+    whole, regions = (count(four, x) for count in (inductor_cost, regional_cost))
+    assert borders == 4 and regions.saved_bytes == whole.saved_bytes > 16 * U
+    for graph, rest in ((regions.forward, whole.forward), (regions.backward, whole.backward)):
+        assert 3 * borders * U <= graph.bytes - rest.bytes <= 7 * borders * U
+    inference = regional_cost(four, x, training=False)
+    assert inference.backward.launches == () and 0 < inference.forward.bytes < regions.forward.bytes
 
 
 # Launches forward and backward, traffic forward and backward and saved activations in units of one stream.
