@@ -79,7 +79,7 @@ def gpu_backend(on_graph: OnGraph) -> Callable[..., Any]:
             return SimpleNamespace(call=_hand_over, __file__="handed over")
 
         with (
-            _believed(),
+            believed(),
             mock.patch.object(graph.GraphLowering, "compile_to_module", compile_to_module),
             inductor_config.patch(fx_graph_cache=False),
         ):
@@ -132,7 +132,7 @@ def _on_gpu(value: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _believed() -> Iterator[None]:
+def believed() -> Iterator[None]:
     """Let torch, Inductor and Triton believe in one H100."""
     import triton
     from torch._dynamo.device_interface import CudaInterface

@@ -13,6 +13,7 @@ from torch import nn
 import hc_transform as hct
 from hc_transform.cost import cost_available, inductor_cost, regional_cost
 from hc_transform.regions import repeating_parts
+from hc_transform.registers import registers_of
 
 pytestmark = pytest.mark.skipif(not cost_available(), reason="needs Triton's compiler")
 
@@ -141,6 +142,29 @@ def test_recorded_figures(connection):
     print(connection, figures)
     for now, recorded in zip(figures, RECORDED[str(connection)], strict=True):
         assert now <= 1.05 * recorded, f"{figures} was {RECORDED[str(connection)]}"
+
+
+def test_registers_and_spills():
+    """A kernel that holds 64 rows of 4096 numbers in the threads of one warp cannot keep them in registers."""
+    weight = torch.zeros(64, 4096)
+
+    def mixed(x):
+        rows = [(x * w).softmax(-1) for w in weight.unbind(0)]
+        return sum(row.sum(-1, keepdim=True) * row for row in rows)
+
+    graph = inductor_cost(mixed, torch.zeros(64, 4096), training=False).forward
+    few, many = (max(k.spilled_bytes for k in registers_of(graph, warps)) for warps in (1, 32))
+    assert few > 0 and few > many
+    assert all(0 < kernel.registers <= 255 and kernel.warps == 4 for kernel in registers_of(graph, 4))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("connection", ["static", "dynamic", "mhc", "identity"])
+def test_four_warps_spill_nothing(connection):
+    """Inductor takes one warp for a row of 1024 features, whose largest kernels then spill."""
+    cost = inductor_cost(chain(connection, 3), torch.randn(N, D).bfloat16().requires_grad_())
+    for graph in (cost.forward, cost.backward):
+        assert not [kernel for kernel in registers_of(graph, 4) if kernel.spilled_bytes]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
