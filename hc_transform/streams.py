@@ -364,9 +364,9 @@ def _product(value: Tensor, weight: Tensor) -> Tensor:
     """Return ``value * weight`` in at least fp32.
 
     A weight with axes promotes the product itself. A copy of the value in fp32 is then no value of
-    its own, which a compiled backward pass would keep in place of the half as large original.
+    its own, which the backward pass would keep in place of the half as large original.
     """
-    return value * weight if weight.dim() else _upcast(value) * weight
+    return value * (weight if weight.dim() else weight.view((1,) * value.dim()))
 
 
 def stored(values: Sequence[Tensor]) -> Streams:
