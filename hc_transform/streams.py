@@ -90,10 +90,13 @@ def entries(weights: Tensor, feature_axis: int) -> tuple[Tensor, ...]:
 def expand(x: Tensor, num_streams: int) -> Streams:
     """Return ``num_streams`` streams, all equal to ``x``.
 
+    Tokens ``(B, N, D)`` that lie in memory as ``(B, D, N)``, as an embedding of patches leaves them, are put
+    in order once: everything that sums over features would else have to, for each stream.
+
     >>> len(expand(torch.ones(2, 3), 4))
     4
     """
-    return (x,) * num_streams
+    return (x.contiguous() if x.dim() == 3 else x,) * num_streams
 
 
 def read(streams: Sequence[Tensor], coefficients: AnyCoefficients) -> Tensor:

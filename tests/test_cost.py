@@ -119,7 +119,7 @@ def test_regions_read_the_streams_once_more(connection):
     whole, regions = (count(four, x) for count in (inductor_cost, regional_cost))
     assert borders == 4 and regions.saved_bytes == whole.saved_bytes > 16 * U
     for graph, rest in ((regions.forward, whole.forward), (regions.backward, whole.backward)):
-        assert 3 * borders * U <= graph.bytes - rest.bytes <= 7 * borders * U
+        assert 2 * borders * U <= graph.bytes - rest.bytes <= 7 * borders * U
     inference = regional_cost(four, x, training=False)
     assert inference.backward.launches == () and 0 < inference.forward.bytes < regions.forward.bytes
 

@@ -48,7 +48,7 @@ def _project(x: Tensor, weight: Tensor, axis: int) -> Tensor:
         return _by_planes(planes, weight).unflatten(1, x.shape[axis + 1 :]).unflatten(0, x.shape[:axis])
     if x.stride(-1) == 1:
         return x @ weight
-    return _by_planes(x.flatten(0, -3).mT, weight).unflatten(0, x.shape[:-2])
+    return _by_planes(x.movedim(-1, 1).flatten(2), weight).unflatten(1, x.shape[1:-1])
 
 
 def _by_planes(planes: Tensor, weight: Tensor) -> Tensor:
