@@ -164,7 +164,9 @@ def test_four_warps_spill_nothing(connection):
     """Inductor takes one warp for a row of 1024 features, whose largest kernels then spill."""
     cost = inductor_cost(chain(connection, 3), torch.randn(N, D).bfloat16().requires_grad_())
     for graph in (cost.forward, cost.backward):
-        assert not [kernel for kernel in registers_of(graph, 4) if kernel.spilled_bytes]
+        own, four = (max(kernel.spilled_bytes for kernel in registers_of(graph, warps)) for warps in (None, 4))
+        print(f"\n{connection}: at most {own} bytes spilled as Inductor launches them")
+        assert four == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
