@@ -46,7 +46,7 @@ def registers_of(graph: GraphCost, warps: int | None = None) -> list[Registers]:
 
     >>> import torch
     >>> from hc_transform.cost import inductor_cost
-    >>> (kernel,) = registers_of(inductor_cost(lambda x: x + 1, torch.zeros(1024), training=False).forward)
+    >>> (kernel,) = registers_of(inductor_cost(lambda x: x + 1, torch.zeros(1024), training=False).forward, warps=4)
     >>> kernel.registers < 64, kernel.spilled_bytes
     (True, 0)
     """
