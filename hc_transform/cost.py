@@ -135,13 +135,9 @@ def regional_cost(model: HyperConnectedModule, *inputs: Any, training: bool = Tr
 
         return run
 
-    torch._dynamo.reset()
-    try:
-        with formulated_for_gpu(), contextlib.nullcontext() if training else torch.no_grad():
-            regions.compile_regions(backend=backend, fullgraph=True, dynamic=False)
-            regions(*inputs)
-    finally:
-        torch._dynamo.reset()
+    with formulated_for_gpu(), contextlib.nullcontext() if training else torch.no_grad():
+        regions.compile_regions(backend=backend, fullgraph=True, dynamic=False)
+        regions(*inputs)
     return Cost(
         _together([call.forward for call in calls]),
         _together([call.backward for call in calls]),

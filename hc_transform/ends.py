@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .connections.base import starting_reads
-from .connections.projection import EPS, full_precision, project_flattened, without_autocast
-from .streams import Coefficients, Streams, expand, read
+from .connections.projection import EPS, project_flattened, without_autocast
+from .streams import Coefficients, Streams, expand, full_precision, read
 
 
 class StreamEmbedding(nn.Module):

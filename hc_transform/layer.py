@@ -19,9 +19,19 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .connections import CONNECTIONS, Connection, FracConnection, StaticConnection
 from .connections.base import starting_reads
 from .connections.dynamic import SCALE
-from .connections.projection import full_precision, project_normed, without_autocast
+from .connections.projection import project_normed, without_autocast
 from .packed import get_expand_reduce_stream_functions, pack, unpack
-from .streams import Coefficients, Streams, distribute, mix, read, read_recomputed, write, write_recomputed
+from .streams import (
+    Coefficients,
+    Streams,
+    distribute,
+    full_precision,
+    mix,
+    read,
+    read_recomputed,
+    write,
+    write_recomputed,
+)
 
 
 def get_init_and_expand_reduce_stream_functions(

@@ -54,12 +54,8 @@ def compile_for_gpu(function: Callable[..., Any], inputs: Sequence[Any], on_grap
     def call(*args: Any) -> Any:  # a GraphModule called by itself would report where its code was stopped
         return function(*args)
 
-    torch._dynamo.reset()
-    try:
-        with formulated_for_gpu(), contextlib.suppress(_HandedOver):
-            torch.compile(call, backend=gpu_backend(on_graph), fullgraph=True, dynamic=False)(*inputs)
-    finally:
-        torch._dynamo.reset()
+    with formulated_for_gpu(), contextlib.suppress(_HandedOver):
+        torch.compile(call, backend=gpu_backend(on_graph), fullgraph=True, dynamic=False)(*inputs)
 
 
 def gpu_backend(on_graph: OnGraph) -> Callable[..., Any]:
@@ -93,16 +89,23 @@ def gpu_backend(on_graph: OnGraph) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def formulated_for_gpu() -> Iterator[None]:
-    """Have connections take the form that they take on GPUs, and backward passes compiled with their forward passes."""
+    """Have connections take the form that they take on GPUs, and backward passes compiled with their forward passes.
+
+    Nothing that was compiled before is used, nor what is compiled here afterwards.
+    """
     from torch._functorch import config as functorch_config
 
     from .connections import base
 
-    with (
-        mock.patch.object(base, "PACKED_DEVICES", ()),
-        functorch_config.patch(force_non_lazy_backward_lowering=True),
-    ):
-        yield
+    torch._dynamo.reset()
+    try:
+        with (
+            mock.patch.object(base, "PACKED_DEVICES", ()),
+            functorch_config.patch(force_non_lazy_backward_lowering=True),
+        ):
+            yield
+    finally:
+        torch._dynamo.reset()
 
 
 def _hand_over(*args: Any) -> Any:

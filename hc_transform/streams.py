@@ -185,7 +185,7 @@ def _mixed_by_matrix(streams: Sequence[Tensor], matrix: Tensor) -> Streams:
 def distribute(branch: Tensor, coefficients: AnyCoefficients) -> Streams:
     """Return the part of :func:`write` that comes from the branch, ``h_post[i] y``."""
     if not isinstance(coefficients, FractionCoefficients):
-        return tuple((_upcast(branch) * post).to(branch.dtype) for post in coefficients.h_post)
+        return tuple(_product(branch, post).to(branch.dtype) for post in coefficients.h_post)
     ys = branch.chunk(coefficients.num_fractions, coefficients.axis)
     rows = [_weighted_sum(post, _given_to(k, post, ys), branch.dtype) for k, post in enumerate(coefficients.h_post)]
     return _merged(rows, coefficients)
@@ -247,7 +247,7 @@ def readout(streams: Sequence[Tensor], mode: str = "mean") -> Tensor:
     """
     if len(streams) == 1:
         return streams[0]
-    total = _upcast(streams[0])
+    total = full_precision(streams[0])
     for stream in streams[1:]:
         total = total + stream
     if mode == "mean":
@@ -448,5 +448,6 @@ def _teach_inductor() -> None:
     lowering.register_lowering(torch.ops.hc_transform.store.default, type_promotion_kind=None)(stored_in_memory)
 
 
-def _upcast(x: Tensor) -> Tensor:
+def full_precision(x: Tensor) -> Tensor:
+    """Return ``x`` in fp32, or as it is when it is fp32 or fp64 already."""
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

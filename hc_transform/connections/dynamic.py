@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams import Coefficients
+from ..streams import Coefficients, full_precision
 from .per_token import dynamic_entries, in_rows
-from .projection import full_precision, project_each_normed
+from .projection import project_each_normed
 from .static import StaticConnection
 
 SCALE = 0.01

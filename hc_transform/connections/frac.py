@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams import FractionCoefficients
+from ..streams import FractionCoefficients, full_precision
 from .base import Connection, starting_reads, starting_writes
 from .dynamic import SCALE
-from .projection import full_precision, project_each_normed, without_autocast
+from .projection import project_each_normed, without_autocast
 
 
 class FracConnection(Connection):

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streams import Coefficients
-from .projection import EPS, full_precision
+from ..streams import Coefficients, full_precision
+from .projection import EPS
 
 Entries = tuple[Tensor, ...]
 

@@ -12,12 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..streams import full_precision
+
 EPS = 1e-6
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """Return ``x`` in fp32, or as it is when it is fp32 or fp64 already."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def without_autocast(x: Tensor) -> AbstractContextManager[object]:

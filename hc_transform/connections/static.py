@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams import Coefficients
+from ..streams import Coefficients, full_precision
 from .base import Connection, starting_reads, starting_writes
 from .per_token import in_rows, static_entries
-from .projection import full_precision
 
 
 class StaticConnection(Connection):
