@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +9,9 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .proxy import CannotInline
+from .python_state import is_plain
+from .state import is_state
+from .watch import Watch, differing_state, is_mutable
 
 
 def assign(attributes: dict[str, Any], name: str, value: Any) -> None:
@@ -25,41 +27,61 @@ def show_plain_tensors(work: nn.Module, inlined: frozenset[str]) -> None:
             module._non_persistent_buffers_set.add(name)
 
 
-def record_assignments(graph: fx.Graph, work: nn.Module, model: nn.Module, inlined: frozenset[str]) -> None:
-    """Add a node to the traced ``graph`` for each tensor that traced code of ``work`` stored on a module.
+def record_assignments(
+    graph: fx.Graph, work: nn.Module, model: nn.Module, inlined: frozenset[str], watch: Watch
+) -> None:
+    """Add a node to the traced ``graph`` for each attribute of a module that traced code of ``work`` set.
 
     Args:
         graph: of a forward of ``work``.
-        work: the structural copy of ``model`` that was traced; it gets back what ``model`` holds.
+        work: the structural copy of ``model`` that was traced, as the trace left it.
         model: the model as it was.
         inlined: paths of the modules whose code was traced.
+        watch: what the traced code read and wrote.
 
     Raises:
-        CannotInline: the code stores something else, or a tensor that it may read on the next call.
+        CannotInline: the code keeps a state in what it stores, or stores what a graph would not.
     """
     read = {str(node.target) for node in graph.nodes if node.op == "get_attr" and node.users}
-    for path, name, value in list(_stored(work, inlined)):
-        before = model.get_submodule(path)
-        kind = "_buffers" if name in before._buffers else "__dict__"
-        old = getattr(before, kind).get(name)
-        if not isinstance(value, fx.Proxy):
-            raise CannotInline(path, f"its code collects tensors in its attribute {name!r}, which a graph would not")
-        keeps = not isinstance(old, torch.Tensor) or (f"{path}.{name}" if path else name) in read
-        if kind == "__dict__" and keeps:
-            raise CannotInline(path, f"its code keeps a state in its attribute {name!r}, which a graph would not")
-        place = work.get_submodule(path)
-        (place._buffers if name in place._buffers else place.__dict__)[name] = old
-        if value.hc_value is not old:  # else it was changed in place
-            with graph.inserting_before(graph.output_node()):
-                attributes = graph.create_node("get_attr", f"{path}.{kind}" if path else kind, (), {})
-                graph.call_function(assign, (attributes, name, value.node))
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    for (path, name), writer in watch.writes.items():
+        kind, value = _stored(work.get_submodule(path), name)
+        _, old = _stored(model.get_submodule(path), name)
+        target = f"{path}.{name}" if path else name
+        proxy = isinstance(value, fx.Proxy)
+        if value is old or proxy and value.hc_value is old:
+            continue  # or changed in place
+        if not proxy and any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value)):
+            raise CannotInline(writer, f"its code collects tensors in its attribute {name!r}, which a graph would not")
+        if not proxy and not isinstance(value, (torch.Tensor, nn.Module)) and not differing_state(old, value):
+            continue
+        if (path, name) in watch.reads or kind == "__dict__" and target in read:
+            raise CannotInline(writer, f"its code keeps a state in its attribute {name!r}, which a graph would not")
+        if kind not in ("_buffers", "__dict__") or not (proxy or is_plain(value)):
+            raise CannotInline(writer, f"its code sets its attribute {name!r} to what a graph would not")
+        if any(path == leaf or path.startswith(f"{leaf}.") for leaf in called):
+            raise CannotInline(writer, f"its code sets {target!r}, which a module that stays whole may read")
+        with graph.inserting_before(graph.output_node()):
+            attributes = graph.create_node("get_attr", f"{path}.{kind}" if path else kind, (), {})
+            graph.call_function(assign, (attributes, name, value.node if proxy else value))
+    for path in sorted(inlined):
+        name = _changed_inside(work.get_submodule(path), model.get_submodule(path))
+        if name is not None:
+            raise CannotInline(path, f"its code changes what its attribute {name!r} holds, which a graph would not")
 
 
-def _stored(work: nn.Module, inlined: frozenset[str]) -> Iterator[tuple[str, str, Any]]:
-    """Yield (path, name, value) of all that holds a proxy; a module once."""
-    own = frozenset(nn.Module().__dict__)
-    for path, module in work.named_modules():
-        if path in inlined:
-            for name, value in (*module._buffers.items(), *module.__dict__.items()):
-                if name not in own and any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value)):
-                    yield path, name, value
+def _stored(module: nn.Module, name: str) -> tuple[str, Any]:
+    """Return which of its dictionaries a module holds an attribute in, and the attribute."""
+    for kind in ("_parameters", "_buffers", "_modules"):
+        if name in module.__dict__[kind]:
+            return kind, module.__dict__[kind][name]
+    return "__dict__", module.__dict__.get(name)
+
+
+def _changed_inside(work: nn.Module, before: nn.Module) -> str | None:
+    """Return the attribute whose contents, a list's or an object's, are not those of ``before``."""
+    for name, value in work.__dict__.items():
+        if is_state(name) and name in before.__dict__ and is_mutable(value):
+            if value is not before.__dict__[name] and differing_state(before.__dict__[name], value):
+                return name
+    return None

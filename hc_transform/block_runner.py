@@ -7,27 +7,26 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from .additions import CONNECTIONS_NAME
-from .blocks import BlockPlan, signature_of
+from .blocks import BlockPlan
 from .carrier import TrunkValue, is_trunk_value, read_out
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
-from .find import find_residuals
-from .findings import Findings, Residual
 from .hints import Hints
 from .kinds import Kinds, is_tensor
-from .module import Variant, adopt_constants, decides_on_training
 from .options import Options
-from .planner import Plan, make_plan
+from .pipeline import analyse_again, log_left_out
+from .planner import Plan
 from .rewrite import rewritten_graph
-from .structure import clone_structure, state_restored
-from .trace import bind_inputs, trace
+from .state import state_restored
+from .structure import clone_structure
+from .trace import bind_inputs
 from .trunks import Passage, Trunk
+from .variants import Variant, adopt_constants, decides_on_training, run_compiled, run_first
 
 log = logging.getLogger("hc_transform")
 
@@ -77,25 +76,26 @@ class BlockRunner:
             _kind(args),
             _kind({k: v for k, v in kwargs.items() if v is not None}),
         )
-        change = None
-        for variant in self._candidates(key):
-            try:
-                result = variant.forward(block, *args, **kwargs)
-            except DecisionChanged as changed:
-                change = changed
-                continue
-            if variant not in self.variants.setdefault(key, []):
-                self.variants[key].append(variant)
-            return result
+        variant, result = run_first(self._candidates(key), block, block, args, kwargs)
+        own = self.variants.setdefault(key, [])
+        if variant is None:
+            variant = self._traced(block, number, args, kwargs, result)
+            own.append(variant)
+            return variant.forward(block, *args, **kwargs)
+        if variant not in own:
+            own.append(variant)
+        return result
+
+    def _traced(
+        self, block: nn.Module, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any
+    ) -> Variant:
         try:
-            variant = self.trace(block, number, args, kwargs, change)
+            return self.trace(block, number, args, kwargs, change)
         except Exception as error:
             text = str(error) if isinstance(error, HCTransformError) else f"{type(error).__name__}: {error}"
             failure = BlockError(text)
             failure.block = self.plan.path
             raise failure from error
-        self.variants.setdefault(key, []).append(variant)
-        return variant.forward(block, *args, **kwargs)
 
     def _observed(self, block: nn.Module) -> frozenset[str]:
         """Return the modules in the graph that have forward hooks."""
@@ -110,16 +110,12 @@ class BlockRunner:
                 yield from (v for v in variants if v not in own and not v.needs.late)
 
     def _run_compiled(self, block: nn.Module, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        change = None
-        for key, variants in self.variants.items():
-            if key[0] == number:
-                for variant in variants:
-                    try:
-                        return variant.forward(block, *args, **kwargs)
-                    except (DecisionChanged, TypeError) as changed:
-                        change = changed
+        own = [variant for key, variants in self.variants.items() if key[0] == number for variant in variants]
+        fitted, result = run_compiled(own, block, block, args, kwargs)
+        if fitted:
+            return result
         raise DecisionChanged(
-            f"compiled code cannot trace {self.plan.path} for a new kind of call ({change}): call the model once in "
+            f"compiled code cannot trace {self.plan.path} for a new kind of call ({result}): call the model once in "
             "eager mode with inputs like these, in this mode (train or eval), before it is compiled"
         )
 
@@ -153,54 +149,40 @@ class BlockRunner:
         """
         original = original_of(block)
         call = self.calls[number]
-        names = self.plan.calls[0].residuals if self.plan.shared else call.residuals
         given = bind_inputs(original, *read_out((args, kwargs)))
         with state_restored(block):
-            traced = trace(
+            analysis = analyse_again(
                 original,
                 given,
-                inline=self.plan.scopes,
-                hints=self.hints,
+                self.options,
+                self.hints,
+                self.plan.scopes,
+                call.known,
+                change,
+                self._observed(block),
                 loose=True,
-                observed=self._observed(block),
             )
-        gm = traced.graph_module
-        found = find_residuals(gm)
-        wanted = tuple((relative(name, self.plan.path), signature) for name, signature in names)
-        selected = self._selected(found.residuals, wanted, change)
-        options = replace(self.options, include=(), exclude=(), min_residuals=1, nested="all")  # chosen already
-        plan = make_plan(gm, Findings(selected, (), found.shortcuts), options)
-        if {r.name for r in plan.residuals} != {name for name, _ in wanted}:
-            raise TraceError(self._differs({name for name, _ in wanted} - {r.name for r in plan.residuals}, change))
-        local = {name: own for (name, _), (own, _) in zip(call.residuals, wanted, strict=True)}
-        leaves = frozenset(local[name] for name in call.leaves)
+        plan, gm = analysis.plan, analysis.trace.graph_module
+        left_out = analysis.left_out
+        leaves = call.leaves
+        if leaves.intersection(left_out):  # what is before it in the block hands the streams on
+            leaves = leaves | {trunk.residuals[-1].name for trunk in plan.trunks}
+            _refuse_end_of_streams(plan, self.plan)
         plan = Plan(gm, linked(plan, leaves, call.step, self.plan, self.options), plan.skipped, self.options)
         graph = rewritten_graph(gm, plan)
         adopt_constants(block, graph, gm)
         log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
-        return Variant(graph)
+        log_left_out(self.plan.path, analysis)
+        return Variant(graph, analysis.trace.state, left_out)
 
-    def _selected(
-        self, found: tuple[Residual, ...], wanted: tuple[tuple[str, Any], ...], change: DecisionChanged | None
-    ) -> tuple[Residual, ...]:
-        """Return those of the residuals found that were converted, under the names they were given then."""
-        selected, left = [], list(wanted)
-        for residual in found:
-            signature = signature_of(residual.add, "")
-            match = next((w for w in left if w[1] == signature), None)
-            if match is not None:
-                left.remove(match)
-                selected.append(replace(residual, name=match[0]))
-        if left:
-            raise TraceError(self._differs({name for name, _ in left}, change))
-        return tuple(selected)
 
-    def _differs(self, missing: set[str], change: DecisionChanged | None) -> str:
-        path = self.plan.path or "the root"
-        return (
-            f"for these inputs {path} has other residuals than those that were converted: {', '.join(sorted(missing))} "
-            f"cannot be found. {change or ''} Convert another copy of the model with example inputs like these, or "
-            "leave these residuals out with exclude=[...]."
+def _refuse_end_of_streams(plan: Plan, block: BlockPlan) -> None:
+    """Raise TraceError if a call without residuals does something to the value that it hands on."""
+    given = [value for value in plan.graph_module.graph.output_node().all_input_nodes if value.op == "placeholder"]
+    if not plan.trunks and not given:
+        raise TraceError(
+            f"for these inputs {block.path} has none of its residuals, and changes the value that it is given, so that "
+            "the streams would end there. Leave its residuals out with exclude=[...]."
         )
 
 
@@ -270,15 +252,6 @@ def original_of(block: nn.Module) -> nn.Module:
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     return copied
-
-
-def relative(name: str, block: str) -> str:
-    """Return a residual's name below its block."""
-    if block and name.startswith(block + "."):
-        return name[len(block) + 1 :]
-    if block and name.partition(":")[0] == block:
-        return "residual" + name[len(block) :]
-    return name
 
 
 def reads_training(block: nn.Module) -> bool:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from torch import fx, nn
 
 from .findings import Reason, Residual, Skipped
+from .identity import Identity, identities, relative_path
 from .planner import Plan
 from .tape import Call
 from .trunks import Trunk, as_skipped
 
 AROUND = "it is around a stack of blocks, which keep their hooks and checkpoints; scope='graph' takes both"
-Signature = tuple[str, str]  # (path of the adding module below the block, location): tells residuals of a block apart
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,15 @@ class CallPlan:
 
     Attributes:
         step: how many block calls of its chain come before it.
-        residuals: name of each residual of the call, in order, and its signature.
-        leaves: names of the residuals after which the streams go on to another block.
+        residuals: name of each residual of the call, in order.
+        known: what all residuals of the call are known by, those left plain among them, under the names that
+            their connections have in the block.
+        leaves: those of these names after which the streams go on to another block.
     """
 
     step: int
-    residuals: tuple[tuple[str, Signature], ...]
+    residuals: tuple[str, ...]
+    known: tuple[Identity, ...]
     leaves: frozenset[str]
 
 
@@ -67,13 +70,19 @@ class BlocksPlan:
 
 
 def plan_blocks(
-    plan: Plan, holders: Mapping[fx.Node, tuple[Call, ...]], *, share_calls: bool = False, apart: str = ""
+    plan: Plan,
+    holders: Mapping[fx.Node, tuple[Call, ...]],
+    found: Sequence[Residual] = (),
+    *,
+    share_calls: bool = False,
+    apart: str = "",
 ) -> BlocksPlan:
     """Return how the residuals of a tape's plan are spread over blocks.
 
     Args:
         plan: made on a tape.
         holders: the module calls around each residual's add (:func:`find_holders`).
+        found: all residuals of the tape, in order.
         share_calls: one connection for all calls of a module.
         apart: why no streams go from one block to another; "" if they do.
     """
@@ -86,7 +95,7 @@ def plan_blocks(
     ]
     trunks, cuts = _cut(whole, homes, apart)
     plan = replace(plan, trunks=tuple(replace(t, index=i) for i, t in enumerate(trunks)))
-    blocks, notes = _blocks(plan, homes, share_calls)
+    blocks, notes = _blocks(plan, homes, found, share_calls)
     return BlocksPlan(plan, blocks, tuple(cuts), tuple(notes))
 
 
@@ -232,7 +241,9 @@ def _piece(trunk: Trunk, residuals: list[Residual]) -> Trunk:
     return Trunk(trunk.index, tuple(residuals), carried)
 
 
-def _blocks(plan: Plan, homes: Mapping[fx.Node, Call], share_calls: bool) -> tuple[tuple[BlockPlan, ...], list[str]]:
+def _blocks(
+    plan: Plan, homes: Mapping[fx.Node, Call], found: Sequence[Residual], share_calls: bool
+) -> tuple[tuple[BlockPlan, ...], list[str]]:
     steps: dict[Call, int] = {}
     leaves: dict[Call, set[str]] = {}
     residuals: dict[Call, list[Residual]] = {}
@@ -255,17 +266,23 @@ def _blocks(plan: Plan, homes: Mapping[fx.Node, Call], share_calls: bool) -> tup
     carried = [node for trunk in plan.trunks for node in trunk.carried]
     blocks, notes = [], []
     for path, calls in by_path.items():
-        plans = [
-            CallPlan(
-                steps[call],
-                tuple((r.name, signature_of(r.add, path)) for r in residuals[call]),
-                frozenset(leaves.get(call, ())),
-            )
-            for call in calls
-        ]
-        several = len(plans) > 1
-        apart = len({p.step for p in plans}) == len(plans)
+        several = len(calls) > 1
+        apart = len({steps[call] for call in calls}) == len(calls)
         shared = several and (share_calls or not apart)
+        plans = []
+        for call in calls:
+            like = residuals[calls[0]] if shared else residuals[call]
+            local = {r.name: relative(own.name, path) for r, own in zip(residuals[call], like, strict=False)}
+            names = {r.add: local[r.name] for r in residuals[call]}
+            within = [r for r in found if call in r.add.meta.get("hc_calls", ())]
+            plans.append(
+                CallPlan(
+                    steps[call],
+                    tuple(r.name for r in residuals[call]),
+                    identities(within, names, path),
+                    frozenset(local[name] for name in leaves.get(call, ())),
+                )
+            )
         if several:
             how = "one set of connections for each" if not shared else "one set of connections shared by all"
             why = "" if apart or share_calls else " (its calls are not links of one chain, which would tell them apart)"
@@ -278,18 +295,20 @@ def _blocks(plan: Plan, homes: Mapping[fx.Node, Call], share_calls: bool) -> tup
     return tuple(replace(block, counted=counted) for block in blocks), notes
 
 
-def signature_of(add: fx.Node, block: str) -> Signature:
-    """Return what tells a residual apart within its block, whatever the inputs."""
-    path = str(add.meta.get("hc_module", ""))
-    below = path[len(block) + 1 :] if block and path.startswith(block + ".") else "" if path == block else path
-    return below, str(add.meta.get("hc_location", ""))
+def relative(name: str, block: str) -> str:
+    """Return a residual's name below its block."""
+    if block and name.startswith(block + "."):
+        return name[len(block) + 1 :]
+    if block and name.partition(":")[0] == block:
+        return "residual" + name[len(block) :]
+    return name
 
 
 def _scopes(block: str, nodes: Iterable[fx.Node]) -> frozenset[str]:
     """Return the paths below ``block`` of the modules whose code made ``nodes``, and their parents."""
     scopes = {""}
     for node in nodes:
-        path = signature_of(node, block)[0]
+        path = relative_path(str(node.meta.get("hc_module", "")), block)
         atoms = path.split(".") if path else []
         scopes.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
     return frozenset(scopes)

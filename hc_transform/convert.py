@@ -16,13 +16,14 @@ from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedM
 from .examples import example_inputs
 from .findings import Reason
 from .hints import Hints
-from .module import HyperConnectedModule, decides_on_training
+from .module import HyperConnectedModule
 from .options import Options
 from .pipeline import Analysis, analyse
 from .planner import Plan
 from .report import report_of
 from .structure import clone_structure
 from .trace import bind_inputs
+from .variants import decides_on_training
 from .verify import run_like, tolerance_of
 from .verify import verify as verify_graph
 

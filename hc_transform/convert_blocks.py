@@ -11,8 +11,8 @@ from torch import nn
 
 from .additions import CONNECTIONS_NAME, DROPOUT_KEY, connection_dict, expand_key, key_of, make_connections, readout_key
 from .block_module import install
-from .block_runner import RUNNER, BlockError, BlockRunner, reads_training, relative
-from .blocks import BlockPlan, BlocksPlan, container, find_holders, plan_blocks
+from .block_runner import RUNNER, BlockError, BlockRunner, reads_training
+from .blocks import BlockPlan, BlocksPlan, container, find_holders, plan_blocks, relative
 from .candidates import may_add
 from .connections import Connection
 from .errors import HCTransformError, NotEquivalent
@@ -65,7 +65,7 @@ def analyse_blocks(
     left = tuple(r for r in findings.residuals if r.add in holders)
     plan = make_plan(tape.graph_module, replace(findings, residuals=left), options)
     plan = replace(plan, skipped=(*plan.skipped, *homeless.values()))
-    return plan_blocks(plan, holders, share_calls=share_calls, apart=apart), tape
+    return plan_blocks(plan, holders, findings.residuals, share_calls=share_calls, apart=apart), tape
 
 
 def convert_blocks(
@@ -135,9 +135,9 @@ def _install(
         module = model.get_submodule(block.path)
         own: dict[str, nn.Module] = {}
         for i, call in enumerate(block.calls):
-            for j, (name, _) in enumerate(call.residuals):
+            for j, name in enumerate(call.residuals):
                 if block.shared and i:
-                    by_key[key_of(name)] = by_key[key_of(block.calls[0].residuals[j][0])]
+                    by_key[key_of(name)] = by_key[key_of(block.calls[0].residuals[j])]
                 else:
                     own[key_of(relative(name, block.path))] = by_key[key_of(name)] = connections[name]
         _add_ends(own, block, planned.plan, ends, by_key)
@@ -152,7 +152,7 @@ def _add_ends(
     own: dict[str, nn.Module], block: BlockPlan, plan: Plan, ends: nn.ModuleDict, by_key: dict[str, Any]
 ) -> None:
     """Give a block the stream embedding and the readout of the trunks that begin and end in it, and dropout."""
-    names = {name for call in block.calls for name, _ in call.residuals}
+    names = {name for call in block.calls for name in call.residuals}
     for trunk in plan.trunks:
         first, last = trunk.residuals[0], trunk.residuals[-1]
         if first.name in names and expand_key(trunk) in ends:

@@ -35,6 +35,10 @@ INTERNAL_FILES = (
 )
 
 
+DEEPEST = 6  # lines of helper functions within helper functions
+_MODULE = os.path.join(os.path.dirname(torch.__file__), "nn", "modules", "module.py")
+
+
 def user_frame() -> tuple[str, int, str] | None:
     """Return (file, line, function) of the user's code that is running."""
     frame: Any = sys._getframe(1)
@@ -44,6 +48,20 @@ def user_frame() -> tuple[str, int, str] | None:
             return filename, frame.f_lineno, frame.f_code.co_name
         frame = frame.f_back
     return None
+
+
+def user_lines() -> tuple[str, ...]:
+    """Return "file:line" of the user's code that is running and of what called it, up to the call of its module."""
+    frame: Any = sys._getframe(1)
+    lines: list[str] = []
+    while frame is not None and len(lines) < DEEPEST:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(INTERNAL_FILES):
+            lines.append(f"{filename}:{frame.f_lineno}")
+        elif lines and filename == _MODULE:
+            break
+        frame = frame.f_back
+    return tuple(lines)
 
 
 def short_name(filename: str) -> str:

@@ -12,7 +12,8 @@ from torch import fx, nn
 from .aliases import version_of
 from .guards import CHECKS
 from .reads import is_shape_read
-from .structure import clone_structure, has_hooks, state_restored
+from .state import state_restored
+from .structure import clone_structure, has_hooks
 
 
 class Kind(enum.Enum):

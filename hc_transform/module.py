@@ -7,26 +7,26 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .additions import CONNECTIONS_NAME
-from .errors import DecisionChanged, TraceError
+from .errors import DecisionChanged
 from .flat import flatten_graph, unflatten_graph
-from .graph_code import shared_function_of
-from .guards import CHECKS
 from .hints import Hints
 from .options import Options
-from .pipeline import Analysis, analyse
-from .reads import is_shape_read
+from .pipeline import Analysis, analyse_again, log_left_out
 from .regions import in_regions
 from .report import Report
 from .rewrite import rewritten_graph
-from .structure import keep_plain_tensors, state_restored, undone_on
+from .state import state_restored
+from .structure import keep_plain_tensors
+from .threads import one_at_a_time
 from .trace import bind_inputs
+from .variants import Variant, adopt_constants, run_compiled, run_first
 
 log = logging.getLogger("hc_transform")
 
@@ -44,22 +44,7 @@ HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-NEVER_PICKLED = ("_graph", "_tracer_cls", "_tracer_extras", "_lineno_map", "_code")
-
-
-class Variant:
-    """A graph for calls that decide otherwise than the main one."""
-
-    def __init__(self, graph: fx.Graph) -> None:
-        self.graph = graph
-        self.whole = self.forward = shared_function_of(graph)
-        self.needs = needs_of(graph)
-
-    def __reduce__(self) -> Any:
-        return _variant, (flatten_graph(self.graph),)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
-        return Variant(copy.deepcopy(self.graph, memo))
+NEVER_PICKLED = ("_graph", "_tracer_cls", "_tracer_extras", "_lineno_map", "_code", "_main", "_chosen")
 
 
 class HyperConnectedModule(fx.GraphModule):
@@ -74,7 +59,6 @@ class HyperConnectedModule(fx.GraphModule):
     """
 
     hc_report: Report
-    _run_graph: Callable[..., Any]
 
     def __init__(
         self,
@@ -85,7 +69,7 @@ class HyperConnectedModule(fx.GraphModule):
     ) -> None:
         """Build the module around ``original``, a structural copy that it takes over."""
         if connections:
-            original.add_module(CONNECTIONS_NAME, connections)
+            original.add_module(CONNECTIONS_NAME, connections.train(original.training))
         graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
         adopt_constants(original, graph, analysis.trace.graph_module)
         super().__init__(original, graph, type(original).__name__)
@@ -96,30 +80,31 @@ class HyperConnectedModule(fx.GraphModule):
         self.__dict__["_original"] = original
         self.training = original.training
         self._options: Options = analysis.plan.options
-        self._names = tuple(r.name for r in analysis.plan.residuals)
         self._hints = hints
+        self._inlined = analysis.trace.inlined
+        self._known = analysis.known
         self._variants: list[Variant] = []
+        self._main.state = self._state = analysis.trace.state
         self.graph.lint()
 
     def recompile(self) -> Any:
         """Compile the graph's code; ``forward`` runs it and minds its decisions."""
         code = super().recompile()
         cls: Any = type(self)
-        cls._run_graph = self._in_regions(self._graph, cls.forward)
-        for variant in self.__dict__.get("_variants", ()):
+        state = self.__dict__.get("_state")
+        self._main = Variant(self._graph, state, forward=cls.forward)
+        for variant in (self._main, *self.__dict__.get("_variants", ())):
             variant.forward = self._in_regions(variant.graph, variant.whole)
-        self._needs = needs_of(self._graph)
-        self._watched = self._needs.late
-        self._chosen: dict[Any, int] = {}  # for each kind of call, the graph that ran it
+        self._chosen: dict[Any, Variant] = {}  # for each kind of call, the graph that ran it
 
         @functools.wraps(cls.forward)
         def forward(self: HyperConnectedModule, *args: Any, **kwargs: Any) -> Any:
-            if self._watched and not torch.compiler.is_compiling():
-                return self._run_watched(args, kwargs)
-            try:
-                return self._run_graph(*args, **kwargs)
-            except DecisionChanged as change:
-                return self._run_otherwise(change, args, kwargs)
+            if torch.compiler.is_compiling():
+                fitted, result = run_compiled(self._all_variants(), self, self._holder, args, kwargs)
+                if not fitted:
+                    raise result
+                return result
+            return self._run(args, kwargs)
 
         own: Any = forward
         own.__code__ = own.__code__.replace()  # torch.compile counts recompilations by code object
@@ -144,79 +129,76 @@ class HyperConnectedModule(fx.GraphModule):
 
         return run
 
-    def _run_watched(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run the first graph that decides as this call does; undo what others did to the state before they stopped."""
-        graphs: list[Callable[..., Any]] = [
-            self._run_graph,
-            *(functools.partial(variant.forward, self) for variant in self._variants),
-        ]
-        kind = self._kind_of_call(args, kwargs)
-        if kind in self._chosen:
-            return graphs[self._chosen[kind]](*args, **kwargs)
-        first: DecisionChanged | None = None
-        for number, run in enumerate(graphs):
-            try:
-                with undone_on(DecisionChanged, self):
-                    output = run(*args, **kwargs)
-            except DecisionChanged as change:
-                first = first or change
-                continue
-            if kind is not None:
-                self._chosen[kind] = number
-            return output
-        return self.trace_variant(args, kwargs, first).forward(self, *args, **kwargs)
+    @property
+    def _holder(self) -> nn.Module:
+        """The module that holds the attributes that traced code reads."""
+        return self.__dict__["_original"]
+
+    def _all_variants(self) -> list[Variant]:
+        return [self._main, *self._variants]
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the first graph that fits the call; trace another if none does."""
+        variants = self._all_variants()
+        kind = self._kind_of_call(args, kwargs) if any(v.needs.late for v in variants) else None
+        known = self._chosen.get(kind) if kind is not None else None
+        if known is not None and known.state.change(self._holder) is None:
+            return known.forward(self, *args, **kwargs)
+        variant, output = run_first(variants, self, self._holder, args, kwargs)
+        if variant is None:
+            variant = self.trace_variant(args, kwargs, output)
+            output = variant.forward(self, *args, **kwargs)
+        if kind is not None:
+            self._chosen[kind] = variant
+        return output
 
     def _kind_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return all that decisions on a call depend on; None if they depend on more than is seen from outside."""
-        graphs = [self._needs, *(variant.needs for variant in self._variants)]
+        needs = [variant.needs for variant in self._all_variants()]
         leaves, structure = pytree.tree_flatten((args, kwargs))
         kinds = tuple(map(_kind_of_input, leaves))
-        if None in kinds or any(needs.values for needs in graphs):
+        if None in kinds or any(need.values for need in needs):
             return None
-        return structure, kinds, tuple(operator.attrgetter(flag)(self) for needs in graphs for flag in needs.flags)
+        flags = tuple(operator.attrgetter(flag)(self) for need in needs for flag in need.flags)
+        return structure, kinds, flags, torch.is_grad_enabled()
 
-    def _run_otherwise(self, change: DecisionChanged, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        for variant in self._variants:
-            try:
-                return variant.forward(self, *args, **kwargs)
-            except DecisionChanged:
-                continue
-        if torch.compiler.is_compiling():
-            raise change
-        return self.trace_variant(args, kwargs, change).forward(self, *args, **kwargs)
-
+    @one_at_a_time
     def trace_variant(
         self, args: Sequence[Any], kwargs: dict[str, Any], change: DecisionChanged | None = None
     ) -> Variant:
         """Trace the original once more for inputs like these, with the same connections.
+
+        Residuals that this call does without leave their connections out.
 
         Raises:
             TraceError: the model has other residuals for these inputs, or cannot be traced.
         """
         original: nn.Module = self.__dict__["_original"]
         original.training = self.training
-        options = self._options
         connections = original._modules.pop(CONNECTIONS_NAME, None)  # which an nn.Sequential would call
         try:
-            with state_restored(self):
-                analysis = analyse(original, bind_inputs(original, tuple(args), kwargs), options, self._hints)
+            with state_restored(original):
+                analysis = analyse_again(
+                    original,
+                    bind_inputs(original, tuple(args), kwargs),
+                    self._options,
+                    self._hints,
+                    self._inlined,
+                    self._known,
+                    change,
+                    frozenset(path for path in self._inlined if path and _has_forward_hooks(original, path)),
+                )
         finally:
             if connections is not None:
                 original._modules[CONNECTIONS_NAME] = connections
-        names = tuple(r.name for r in analysis.plan.residuals)
-        if names != self._names:
-            differ = sorted(set(names) ^ set(self._names))
-            raise TraceError(
-                f"for these inputs the model has other residuals than those that were converted: {', '.join(differ)}. "
-                f"{change or ''} Convert another copy of the model with example inputs like these."
-            ) from change
         graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
         adopt_constants(self, graph, analysis.trace.graph_module)
         log.info("traced again: %s", change)
-        variant = Variant(graph)
+        log_left_out(type(self).__name__, analysis)
+        variant = Variant(graph, analysis.trace.state, analysis.left_out)
         variant.forward = self._in_regions(graph, variant.whole)
         self._variants.append(variant)
-        self._watched = self._watched or variant.needs.late
+        self._chosen.clear()
         return variant
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HyperConnectedModule:
@@ -228,18 +210,6 @@ class HyperConnectedModule(fx.GraphModule):
     def __reduce__(self) -> Any:
         state = {name: value for name, value in self.__dict__.items() if name not in NEVER_PICKLED}
         return _rebuilt, (state, flatten_graph(self._graph))
-
-
-def decides_on_training(graph: fx.Graph) -> bool:
-    """Whether a check of ``graph`` depends on a ``training`` flag."""
-    for node in graph.nodes:
-        if node.target in CHECKS and any(n.op == "get_attr" for n in node.all_input_nodes):
-            return True
-    return False
-
-
-def _variant(rows: list[tuple[Any, ...]]) -> Variant:
-    return Variant(unflatten_graph(rows))
 
 
 def _rebuilt(state: dict[str, Any], rows: list[tuple[Any, ...]]) -> HyperConnectedModule:
@@ -254,48 +224,17 @@ def _restored(new: HyperConnectedModule, state: dict[str, Any], graph: fx.Graph)
     return new
 
 
+def _has_forward_hooks(model: nn.Module, path: str) -> bool:
+    try:
+        return bool(model.get_submodule(path)._forward_hooks)
+    except AttributeError:  # replaced by another module
+        return False
+
+
 def _kind_of_input(value: Any) -> Any:
     """Return what decisions on an input may depend on: a tensor's shape, a constant itself. None if it is not known."""
     if isinstance(value, torch.Tensor):
-        return value.shape, value.dtype
+        return value.shape, value.dtype, value.requires_grad, value.is_contiguous()
     if isinstance(value, (bool, int, float, complex, str, type(None))):
         return type(value), value
     return None
-
-
-def adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> None:
-    """Move the constants of a trace to ``module``, under names that are free there."""
-    for node in graph.nodes:
-        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
-            value = traced.get_buffer(str(node.target))
-            name, number = str(node.target), 0
-            while name in module._buffers and module._buffers[name] is not value:
-                number += 1
-                name = f"{node.target}_{number}"
-            module.register_buffer(name, value, persistent=False)
-            node.target = name
-
-
-class Needs(NamedTuple):
-    """What must be known of a call to tell whether a graph is the right one.
-
-    ``late``: it may stop after an operation that changed the state; ``values``: it decides on values of
-    tensors; ``flags``: paths of the ``training`` flags that it reads.
-    """
-
-    late: bool
-    values: bool
-    flags: tuple[str, ...]
-
-
-def needs_of(graph: fx.Graph) -> Needs:
-    """Return what ``graph`` needs to know of a call."""
-    working = late = False
-    for node in graph.nodes:
-        if node.target in CHECKS:
-            late = late or working
-        elif node.op not in ("placeholder", "get_attr", "output") and not is_shape_read(node):
-            working = True
-    values = any("hc_on_values" in node.meta for node in graph.nodes if node.target in CHECKS)
-    reads = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
-    return Needs(late, values, tuple(target for target in reads if target.rpartition(".")[2] == "training"))

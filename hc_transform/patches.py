@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,15 @@ from torch.utils import _pytree as pytree
 
 from .inputs import is_constant
 from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy
+from .threads import replaced
 
 if TYPE_CHECKING:
     from .tracer import ValueTracer
 
 FACTORIES = frozenset(
-    "arange bartlett_window blackman_window empty eye full hamming_window hann_window kaiser_window linspace "
-    "logspace normal ones rand randint randn randperm tensor tril_indices triu_indices zeros".split()
+    "arange as_tensor asarray bartlett_window blackman_window empty eye full hamming_window hann_window kaiser_window "
+    "linspace logspace normal ones rand randint randn randperm scalar_tensor tensor tril_indices triu_indices "
+    "zeros".split()
 )
 
 
@@ -69,7 +72,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         function = plain_apply.__get__(None, cls)
         if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
             return function(*args, **kwargs)
-        if cls is torch.utils.checkpoint.CheckpointFunction:
+        if cls is torch.utils.checkpoint.CheckpointFunction and tracer.is_tracing():
             if tracer.probing:
                 return args[0](*args[2:], **kwargs)
             refuse_checkpoint()
@@ -80,7 +83,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
 
     def around_function(plain: Any, *args: Any, **kwargs: Any) -> Any:
         """Stand for the generator that ``checkpoint`` steps before and after it calls the function."""
-        if tracer.evaluating:  # a leaf that runs for real
+        if not tracer.is_tracing():  # a leaf that runs for real
             return plain(*args, **kwargs)
         if tracer.probing:
             return iter([None])
@@ -113,7 +116,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
 
     def enter(region: torch.autocast) -> Any:
         if (
-            not tracer.evaluating and not tracer.probing
+            tracer.is_tracing() and not tracer.probing
         ):  # also one that changes nothing now: it would under another state
             raise CannotInline(tracer._paths[-1], "it sets the autocast state, which a graph does not hold")
         return plain_enter(region)
@@ -122,31 +125,40 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         lambda module: tracer.training_flag(module),
         lambda module, mode: module.__dict__.__setitem__("training", mode),
     )
-    torch.autocast.__enter__ = enter  # type: ignore[method-assign]
-    torch._C.ScriptFunction.__call__ = call_script  # type: ignore[assignment,method-assign]
-    builtins.isinstance = value_isinstance  # type: ignore[assignment]
-    builtins.callable = value_callable  # type: ignore[assignment]
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-    for name, plain in plain_checkpoints.items():
-        setattr(torch.utils.checkpoint, name, functools.partial(around_function, plain))
-    for name, plain in plain_factories.items():
-        setattr(torch, name, functools.partial(make, plain))
-    for name, limits in plain_limits.items():
-        setattr(torch, name, functools.partial(limits_of, limits))
-    nn.Module.training = training  # type: ignore[assignment]
-    try:
-        with _RecordCalls(tracer):
-            yield
-    finally:
-        torch.autocast.__enter__ = plain_enter  # type: ignore[method-assign]
-        torch._C.ScriptFunction.__call__ = plain_script  # type: ignore[method-assign]
-        builtins.isinstance = plain_isinstance
-        builtins.callable = plain_callable
-        torch.autograd.Function.apply = plain_apply  # type: ignore[method-assign]
-        for name, plain in plain_checkpoints.items():
-            setattr(torch.utils.checkpoint, name, plain)
-        for name, plain in plain_factories.items():
-            setattr(torch, name, plain)
-        for name, limits in plain_limits.items():
-            setattr(torch, name, limits)
-        del nn.Module.training
+    plain_setattr = nn.Module.__setattr__
+
+    def get_attribute(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if tracer.is_tracing() and not name.startswith("__"):
+            return tracer.attribute(module, name, value)
+        return value
+
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        if tracer.is_tracing():
+            tracer.watch.write(module, name)
+        plain_setattr(module, name, value)
+
+    with (
+        replaced(
+            (torch.autocast, "__enter__", enter),
+            (torch._C.ScriptFunction, "__call__", call_script),
+            (builtins, "isinstance", value_isinstance),
+            (builtins, "callable", value_callable),
+            (torch.autograd.Function, "apply", classmethod(apply)),
+            *((torch.utils.checkpoint, n, functools.partial(around_function, f)) for n, f in plain_checkpoints.items()),
+            *((torch, name, functools.partial(make, factory)) for name, factory in plain_factories.items()),
+            *((torch, name, functools.partial(limits_of, limits)) for name, limits in plain_limits.items()),
+            *_drawing(tracer),
+            (nn.Module, "training", training),
+            (nn.Module, "__setattr__", set_attribute),
+            (nn.Module, "__getattribute__", get_attribute),
+        ),
+        _RecordCalls(tracer),
+    ):
+        yield
+
+
+def _drawing(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is to stand for the functions of ``random`` and ``numpy.random`` that draw."""
+    for draw, function in tracer.drawing_functions.values():
+        yield sys.modules[draw.home], draw.name, tracer.drawing(draw, function)

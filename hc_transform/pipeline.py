@@ -1,28 +1,40 @@
-"""The passes in a row: trace, find, plan; and once more with only the scopes that matter."""
+"""The passes in a row: trace, find, plan; with only the scopes that matter; and again for other calls."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from .errors import TraceError
 from .find import find_residuals
 from .findings import Findings
 from .hints import Hints
+from .identity import Identity, identities, recognised
 from .options import Options
 from .planner import Plan, make_plan
 from .probe import opaque_adds
 from .trace import Trace, trace
 
+log = logging.getLogger("hc_transform")
+
 
 @dataclass(frozen=True)
 class Analysis:
-    """The plan of a model, and the trace it was made on."""
+    """The plan of a model, the trace it was made on, and what all residuals of that trace are known by."""
 
     plan: Plan
     trace: Trace
+    known: tuple[Identity, ...] = ()
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Names of the residuals that were converted and that this trace does without."""
+        there = {residual.name for residual in self.plan.residuals}
+        return tuple(str(identity.name) for identity in self.known if identity.name and identity.name not in there)
 
 
 def analyse(
@@ -43,18 +55,86 @@ def analyse(
     plan = replace(plan, skipped=(*plan.skipped, *opaque_adds(model, wide)))
     scopes = _scopes(plan)
     if scopes == wide.inlined:
-        return Analysis(plan, wide)
-    narrow = trace(model, inputs, inline=scopes, hints=hints)
-    wanted = {r.name for r in plan.residuals}
-    found = find_residuals(narrow.graph_module)
-    again = make_plan(
-        narrow.graph_module,
-        Findings(tuple(r for r in found.residuals if r.name in wanted), (), found.shortcuts),
-        replace(options, include=(), exclude=(), min_residuals=1),
-    )
-    if [r.name for r in again.residuals] != [r.name for r in plan.residuals] or len(again.trunks) != len(plan.trunks):
-        return Analysis(plan, wide)
-    return Analysis(replace(again, skipped=plan.skipped, options=options), narrow)
+        return _known(Analysis(plan, wide), findings)
+    # Should fewer scopes give another plan: all but those whose code decides on values, where that is of no use.
+    fallback = frozenset(p for p in wide.inlined if p in scopes or not _within(p, wide.deciders))
+    for inline in (scopes, fallback) if fallback != wide.inlined else (scopes,):
+        narrow = trace(model, inputs, inline=inline, hints=hints)
+        found = find_residuals(narrow.graph_module)
+        wanted = {r.name for r in plan.residuals}
+        chosen = tuple(r for r in found.residuals if r.name in wanted)
+        again = make_plan(narrow.graph_module, Findings(chosen, (), found.shortcuts), _chosen_already(options))
+        names = [r.name for r in plan.residuals]
+        if [r.name for r in again.residuals] == names and len(again.trunks) == len(plan.trunks):
+            return _known(Analysis(replace(again, skipped=plan.skipped, options=options), narrow), found)
+    return _known(Analysis(plan, wide), findings)
+
+
+def analyse_again(
+    model: nn.Module,
+    inputs: Mapping[str, Any],
+    options: Options,
+    hints: Hints | None,
+    inline: frozenset[str],
+    known: tuple[Identity, ...],
+    change: object = None,
+    observed: frozenset[str] = frozenset(),
+    loose: bool = False,
+) -> Analysis:
+    """Trace a model once more for a call of another kind, and plan the residuals that were converted.
+
+    Args:
+        model: as it was before conversion.
+        inputs: of the call.
+        options, hints: as for the first trace.
+        inline: paths of the modules to trace into.
+        known: what all residuals of the first trace are known by.
+        change: what this call decides otherwise.
+        observed, loose: see :func:`hc_transform.trace.trace`.
+
+    Raises:
+        TraceError: a residual that was converted cannot be told, or there are new ones.
+    """
+    traced = trace(model, inputs, inline=inline, hints=hints, observed=observed, loose=loose)
+    findings = find_residuals(traced.graph_module)
+    selected, _, extra = recognised(findings, known, traced.opaque, change)
+    if extra and not loose:
+        raise TraceError(
+            f"for these inputs the model has other residuals than those that were converted: "
+            f"{', '.join(r.name for r in extra)} at {extra[0].location}. {change or ''} Convert another copy of the "
+            "model with example inputs like these."
+        )
+    plan = make_plan(traced.graph_module, Findings(selected, (), findings.shortcuts), _chosen_already(options))
+    lost = {r.name for r in selected} - {r.name for r in plan.residuals}
+    if lost:
+        raise TraceError(
+            f"for these inputs the residuals {', '.join(sorted(lost))} cannot be converted as they were. "
+            f"{change or ''} Convert another copy of the model with example inputs like these, or leave them out with "
+            "exclude=[...]."
+        )
+    return Analysis(replace(plan, options=options), traced, known)
+
+
+def log_left_out(name: str, analysis: Analysis) -> None:
+    """Say which residuals a call of a new kind does without; where it drew lots, that is what was to be expected."""
+    if analysis.left_out:
+        level = logging.INFO if analysis.trace.deciders else logging.WARNING
+        names = ", ".join(analysis.left_out)
+        log.log(level, "%s: this kind of call does without the residuals %s", name or "the model", names)
+
+
+def _chosen_already(options: Options) -> Options:
+    """Return the options for residuals that an earlier plan chose."""
+    return replace(options, include=(), exclude=(), min_residuals=1, nested="all")
+
+
+def _known(analysis: Analysis, findings: Findings) -> Analysis:
+    names = {r.add: r.name for r in analysis.plan.residuals}
+    return replace(analysis, known=identities(findings.residuals, names))
+
+
+def _within(path: str, roots: frozenset[str]) -> bool:
+    return any(path == root or path.startswith(root + ".") for root in roots if root)
 
 
 def _scopes(plan: Plan) -> frozenset[str]:

@@ -137,7 +137,7 @@ class ValueProxy(fx.Proxy):
     def __bool__(self) -> bool:
         if self.hc_value is UNKNOWN:
             return super().__bool__()
-        self._refuse_values("its code decides on the values of a tensor")
+        self._note_values()
         answer = bool(self.hc_value)
         self._decided(guards.check_true if answer else guards.check_false)
         return answer
@@ -221,16 +221,16 @@ class ValueProxy(fx.Proxy):
             raise fx.proxy.TraceError(
                 "the code needs a number that depends on the input; give example inputs with args="
             )
-        self._refuse_values("its code needs the values of a tensor as Python numbers")
+        self._note_values()
         if isinstance(self.hc_value, torch.Tensor) and not self.tracer.probing:
             raise fx.proxy.TraceError("its code needs the values of a tensor as Python numbers")
         self._decided(guards.check_equal, self.hc_value)
         return convert(self.hc_value)
 
-    def _refuse_values(self, reason: str) -> None:
-        """Leave the module that is being traced whole if this is a tensor, or was computed from a tensor's values."""
+    def _note_values(self) -> None:
+        """Note that the code decides on a tensor, or on what was computed from a tensor's values or drawn."""
         if isinstance(self.hc_value, torch.Tensor) or "hc_on_values" in self.node.meta:
-            self.tracer.refuse_in_submodule(reason)
+            self.tracer.decides_on_values()
 
     def _decided(self, check: Any, *expected: Any) -> None:
         self.tracer.record_decision(self, check, *expected)

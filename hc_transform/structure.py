@@ -1,15 +1,16 @@
-"""Copies of a model's structure that share its tensors, and its state put back after a run."""
+"""Copies of a model's structure that share its tensors, and copies of its inputs."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+
+from .draws import shared_generators
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -25,7 +26,7 @@ def clone_structure(model: nn.Module) -> nn.Module:
     Everything is deep-copied but tensors, scripted modules, functions and hooks, so that bound methods
     and lists of modules refer to the copy, and hooks report to whom they did.
     """
-    memo: dict[int, Any] = {}
+    memo: dict[int, Any] = {id(generator): generator for generator in shared_generators()}
     modules = {id(module) for module in model.modules()}
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
@@ -46,52 +47,6 @@ def keep_plain_tensors(module: nn.Module, like: nn.Module) -> None:
     for name, value in like.__dict__.items():
         if isinstance(value, torch.Tensor):
             module.__dict__[name] = value
-
-
-@contextlib.contextmanager
-def state_restored(model: nn.Module) -> Iterator[None]:
-    """Put the values of the buffers and the random generators back on exit."""
-    restore = saved_state(model)
-    try:
-        yield
-    finally:
-        restore()
-
-
-@contextlib.contextmanager
-def undone_on(error: type[Exception], model: nn.Module) -> Iterator[None]:
-    """Put the values of the buffers and the random generators back if ``error`` is raised."""
-    restore = saved_state(model)
-    try:
-        yield
-    except error:
-        restore()
-        raise
-
-
-def saved_state(model: nn.Module) -> Callable[[], None]:
-    """Save the values of the buffers and the random generators; return what puts them back."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    generator, on_devices = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
-
-    def restore() -> None:
-        with torch.no_grad():
-            for module, name, buffer, saved in buffers:
-                if not isinstance(module, torch.jit.ScriptModule):
-                    module._buffers[name] = buffer  # the forward may have put another tensor in its place
-                if buffer.device.type != "meta" and not torch.equal(buffer, saved):
-                    buffer.copy_(saved)
-        torch.set_rng_state(generator)
-        for device, state in on_devices.items():
-            torch.cuda.set_rng_state(state, device)
-
-    return restore
 
 
 def copy_inputs(inputs: Any) -> Any:

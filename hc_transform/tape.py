@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from .candidates import INLINED_FROM_TORCH, may_add
-from .frames import user_frame
+from .frames import user_frame, user_lines
 from .kinds import Kind, Kinds
 from .proxy import AppliedFunction, set_item
-from .structure import copy_inputs, keep_plain_tensors, state_restored
+from .state import state_restored
+from .structure import copy_inputs, keep_plain_tensors
 from .tracer import SHAPE_ATTRIBUTES
 
 CONSTANT = "_tape_constant"
@@ -185,6 +186,7 @@ class _Recorder(TorchFunctionMode):
         frame = user_frame()
         if frame is not None:
             node.meta["hc_location"] = f"{frame[0]}:{frame[1]}"
+            node.meta["hc_lines"] = user_lines()
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import traceback
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +22,10 @@ from .guards import CHECKS, check_equal
 from .hints import Hints
 from .loosen import loosen
 from .proxy import UNKNOWN, CannotInline
+from .python_state import PythonState
 from .reads import is_shape_read
-from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors, state_restored
+from .state import Undo, saved_state, state_restored
+from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors
 from .tracer import ValueTracer
 
 log = logging.getLogger("hc_transform")
@@ -39,6 +42,8 @@ class Trace:
         calls: what those were called with, by path, where example inputs tell.
         reads_training: whether the graph reads a ``training`` flag.
         has_values: whether example inputs were given.
+        state: the Python state that the code read.
+        deciders: paths of modules whose code decides on values of tensors or on random numbers.
     """
 
     graph_module: fx.GraphModule
@@ -47,6 +52,8 @@ class Trace:
     calls: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
     reads_training: bool = False
     has_values: bool = True
+    state: PythonState = field(default_factory=PythonState)
+    deciders: frozenset[str] = frozenset()
 
 
 def bind_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,19 +110,25 @@ def trace(
         inlined = frozenset(path for path in wanted if not any(path == o or path.startswith(o + ".") for o in leaves))
         work = clone_structure(model)
         show_plain_tensors(work, inlined)
+        for path in observed.intersection(inlined):  # the graph calls these, in place of the trace
+            work.get_submodule(path)._forward_hooks = OrderedDict()
         values = {} if inputs is None else copy_inputs(dict(inputs))
         try:
-            with state_restored(model), torch.enable_grad():  # so that a no_grad region shows in any mode
+            # Grad mode is on so that a no_grad region shows in any mode.
+            with state_restored(work), torch.inference_mode(False), torch.enable_grad():
                 given = values if inputs is not None else _defaults(model)
                 tracer = ValueTracer(
                     inlined, given, hints.wrap_functions, probing=probing, observed=observed, merges_inputs=loose
                 )
                 tracer.calls.update(dict.fromkeys(opaque))
                 graph = tracer.trace(work)
+                restore = None
                 if loose:
-                    graph, work = _loosened(graph, work, tracer, model, hints)
-            if not probing:
-                record_assignments(graph, work, model, inlined)
+                    graph, work, tracer, restore = _loosened(graph, work, tracer, model, hints)
+                if not probing:
+                    record_assignments(graph, work, model, inlined, tracer.watch)
+                if restore is not None:
+                    restore()
             break
         except CannotInline as failure:
             if not failure.path:
@@ -136,14 +149,19 @@ def trace(
     keep_plain_tensors(graph_module, work)
     graph.lint()
     calls = {path: call for path, call in tracer.calls.items() if call is not None}
-    return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None)
+    state = PythonState(tracer.watch.guards(), tuple(sorted(inlined)), observed)
+    deciders = frozenset(tracer.deciders)
+    return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None, state, deciders)
 
 
 def _loosened(
     graph: fx.Graph, work: nn.Module, tracer: ValueTracer, model: nn.Module, hints: Hints
-) -> tuple[fx.Graph, nn.Module]:
-    """Return the graph without checks of inputs that are only passed on, and the module it is of."""
-    works = {id(graph): work}
+) -> tuple[fx.Graph, nn.Module, ValueTracer, Undo | None]:
+    """Return the graph without checks of inputs that are only passed on, and what made it.
+
+    That is the module it is of, its tracer, and what puts the module's state back.
+    """
+    made_by: dict[int, tuple[nn.Module, ValueTracer, Undo | None]] = {id(graph): (work, tracer, None)}
 
     def again(inputs: Mapping[str, Any], loose: frozenset[str]) -> fx.Graph:
         copied = clone_structure(model)
@@ -157,8 +175,9 @@ def _loosened(
             script=list(tracer.evaluated),
             merges_inputs=True,
         )
+        restore = saved_state(copied)
         made = another.trace(copied)
-        works[id(made)] = copied
+        made_by[id(made)] = copied, another, restore
         return made
 
     parameters = inspect.signature(model.forward).parameters.values()
@@ -167,7 +186,7 @@ def _loosened(
     given = {p.name: tracer.inputs[p.name] for p in named if p.name in tracer.inputs}
     stars = {name: value for name, value in tracer.inputs.items() if name not in given}
     graph = loosen(graph, given, defaults, lambda inputs, loose: again({**inputs, **stars}, loose))
-    return graph, works[id(graph)]
+    return graph, *made_by[id(graph)]
 
 
 def _must_stay_leaf(module: nn.Module, observed: bool) -> str | None:

@@ -14,6 +14,8 @@ import inspect
 import linecache
 import math
 import operator
+import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -26,13 +28,16 @@ from torch.utils import _pytree as pytree
 
 from . import guards
 from .aliases import Aliases, version_of, written_through
-from .frames import short_name, user_frame
+from .draws import Draw, draw_of, drawing_functions, host_states, is_number
+from .frames import short_name, user_frame, user_lines
 from .hooks import call_hooks
 from .inputs import is_entry_of_input, place_inputs
 from .patches import patched
 from .proxy import UNKNOWN, CannotInline, FreshObject, ValueProxy
 from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
+from .state import is_generator
 from .structure import copy_inputs
+from .watch import Watch
 
 
 class ValueTracer(fx.Tracer):
@@ -88,27 +93,48 @@ class ValueTracer(fx.Tracer):
         self._aliases = Aliases()
         self._objects: dict[int, tuple[Any, fx.Node]] = {}
         self._context = _context_state()
+        self._thread = threading.get_ident()
+        self._host = host_states()
+        self.drawing_functions = drawing_functions()
+        self.deciders: set[str] = set()
 
     # -- entry
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Return the graph of ``root.forward``. Raises CannotInline with the module to blame."""
+        self.watch = Watch(root, self.is_tracing, lambda: self._paths[-1])
+        changed: list[tuple[str, str]] = []
         try:
             with patched(self):
-                return super().trace(root, concrete_args)
+                graph = super().trace(root, concrete_args)
+            self._refuse_draws("")
         except CannotInline:
             raise
         except Exception as error:
             raise CannotInline("", error) from error
+        finally:
+            changed += self.watch.put_back()
+        if changed and not self.probing:
+            raise CannotInline(*changed[0])
+        return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         forward = self.root.forward  # bound, so that one set on the instance counts
         args, kwargs = place_inputs(self, inspect.signature(forward), self.inputs)
 
         def call() -> Any:
-            return forward(*args, **kwargs)
+            before = sys.getprofile()
+            sys.setprofile(self.watch.profile)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                sys.setprofile(before)
 
         return call, []
+
+    def is_tracing(self) -> bool:
+        """Whether what runs now is traced code: not an evaluation, and not another thread."""
+        return not self.evaluating and threading.get_ident() == self._thread
 
     def placeholder(self, target: str, default: tuple[Any, ...], value: Any) -> ValueProxy:
         """Make the placeholder of one parameter."""
@@ -147,7 +173,7 @@ class ValueTracer(fx.Tracer):
                 self._record(guards.check_equal, node, None)
             return None
         proxy = self._proxy_of(node, value)
-        if not isinstance(value, torch.Tensor) and reads_values(node):
+        if not isinstance(value, torch.Tensor) and (reads_values(node) or isinstance(target, Draw)):
             node.meta["hc_on_values"] = True
         if isinstance(value, torch.Tensor) and is_entry_of_input(node):
             name = (
@@ -172,6 +198,7 @@ class ValueTracer(fx.Tracer):
         if frame is not None and kind != "placeholder":
             filename, line, function = frame
             node.meta["hc_location"] = f"{filename}:{line}"
+            node.meta["hc_lines"] = user_lines()
             code = linecache.getline(filename, line).strip()
             node.stack_trace = f'  File "{filename}", line {line}, in {function}\n    {code}\n'
         return node
@@ -193,12 +220,43 @@ class ValueTracer(fx.Tracer):
         if of_tensor or "hc_on_values" in node.meta:
             made.meta["hc_on_values"] = True
 
-    def refuse_in_submodule(self, reason: str) -> None:
-        """Leave the module that is being traced a leaf, unless it is the root or holds modules that add."""
-        path = self._paths[-1]
-        holds_others = any(other.startswith(path + ".") for other in self.inline)
-        if path and not holds_others and not self.probing:
-            raise CannotInline(self._paths[-1], reason)
+    def decides_on_values(self) -> None:
+        """Note that the module that is being traced decides on values of tensors or on random numbers."""
+        self.deciders.add(self._paths[-1])
+
+    def draw(self, draw: Draw, args: Any, kwargs: Any) -> Any:
+        """Record a draw from Python's or numpy's generator, which the graph makes anew on every call."""
+        drawn = self.create_proxy("call_function", draw, args, kwargs)
+        if not is_number(drawn.hc_value):
+            raise CannotInline(self._paths[-1], f"it draws an object with {draw.home}.{draw.name}")
+        return drawn
+
+    def _refuse_draws(self, path: str) -> None:
+        """Leave the module that is being traced whole if its code has drawn what is not recorded."""
+        if host_states() != self._host:
+            raise CannotInline(path, "its code draws from Python's or numpy's random generator where a graph would not")
+
+    def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
+        """Return an attribute of a module as traced code is to see it, and note that it was read."""
+        if is_generator(value) and module in (self.submodule_paths or {}):
+            path = self.submodule_paths[module]
+            target = f"{path}.{name}" if path else name
+            if ("generator", target) not in self._known:
+                self._known["generator", target] = self._proxy_of(self.create_node("get_attr", target, (), {}), value)
+            return self._known["generator", target]
+        draw = None if isinstance(value, nn.Module) else draw_of(value, self.drawing_functions)
+        if draw is not None:
+            return self.drawing(draw, value)
+        self.watch.read(module, name, value)
+        return value
+
+    def drawing(self, draw: Draw, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what traced code is to call in place of a function that draws."""
+
+        def drawn(*args: Any, **kwargs: Any) -> Any:
+            return self.draw(draw, args, kwargs) if self.is_tracing() else function(*args, **kwargs)
+
+        return drawn
 
     def look_at(self, value: Any, name: str) -> Any:
         """Return ``value``'s attribute, untraced."""
@@ -302,6 +360,9 @@ class ValueTracer(fx.Tracer):
             return UNKNOWN, []
         if kind == "call_module" and self.calls.get(target, ()) is None:
             self.calls[target] = (args, kwargs)
+        draws = _may_draw(kind, target, args)
+        if draws:
+            self._refuse_draws(self._paths[-1])
         with self._untraced(), torch.no_grad():
             tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
             versions = [version_of(tensor) for tensor in tensors]
@@ -311,12 +372,14 @@ class ValueTracer(fx.Tracer):
                 value = getattr(args[0], target)(*args[1:], **kwargs)
             else:
                 value = self.root.get_submodule(target)(*args, **kwargs)
+            if draws:
+                self._host = host_states()
             return value, [t for t, v in zip(tensors, versions, strict=True) if version_of(t) != v]
 
     # -- modules
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if self.evaluating:
+        if not self.is_tracing():
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if path not in self.inline:
@@ -328,6 +391,7 @@ class ValueTracer(fx.Tracer):
                 given = (self.create_arg(args), self.create_arg(kwargs), self.create_arg(output))
                 module = self.create_node("get_attr", path, (), {})
                 self.create_node("call_function", call_hooks, (module, *given), {})
+            self._refuse_draws(path)
             return output
         except CannotInline:
             raise
@@ -340,7 +404,7 @@ class ValueTracer(fx.Tracer):
         return module_qualified_name not in self.inline
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        if self.evaluating or isinstance(attr_val, fx.Proxy):  # a proxy: traced code stored it there
+        if not self.is_tracing() or isinstance(attr_val, fx.Proxy):  # a proxy: traced code stored it there
             return attr_val
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
@@ -350,7 +414,7 @@ class ValueTracer(fx.Tracer):
             return module.__getattr__("training")
         actual = module.__dict__["training"]
         path = (getattr(self, "submodule_paths", None) or {}).get(module)
-        if self.evaluating or path is None or (path and path not in self.inline):
+        if not self.is_tracing() or path is None:
             return actual
         self.reads_training = True
         target = f"{path}.training" if path else "training"
@@ -358,6 +422,14 @@ class ValueTracer(fx.Tracer):
         if key not in self._known:
             self._known[key] = self._proxy_of(self.create_node("get_attr", target, (), {}), actual)
         return self._known[key]
+
+
+def _may_draw(kind: str, target: Any, args: Any) -> bool:
+    """Whether an operation that is evaluated may draw from Python's or numpy's generators."""
+    if kind == "call_function":
+        home = str(getattr(target, "__module__", None) or "torch")
+        return isinstance(target, Draw) or not home.startswith(("torch", "_operator", "math", "hc_transform"))
+    return kind == "call_module" or is_generator(args[0])
 
 
 def _context_state() -> tuple[Any, ...]:

@@ -16,7 +16,8 @@ from .ends import StreamDropout
 from .errors import NotEquivalent
 from .planner import Plan
 from .reference import NamedInputs, ReferenceInterpreter, separate
-from .structure import copy_inputs, state_restored
+from .state import state_restored
+from .structure import copy_inputs
 from .trace import bind_inputs
 
 # Relative to the largest absolute value of each output. Start "paper" is exact up to the rounding of

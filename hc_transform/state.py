@@ -1,0 +1,233 @@
+"""What a run of a model changes, put back whole: buffers, plain attributes of its modules, random generators."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import random
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+Undo = Callable[[], None]
+
+# What every module has; none of it is the user's own state.
+REGISTRIES = frozenset({*nn.Module().__dict__, *vars(nn.Module)}) - {"training"}
+CONTAINERS = (list, dict, set, collections.deque, bytearray)
+OPAQUE = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+MOST = 50_000  # Python values that are looked at; what is behind them is left alone
+
+
+@contextlib.contextmanager
+def state_restored(model: nn.Module) -> Iterator[None]:
+    """Put the buffers, the plain attributes of modules and the random generators back on exit."""
+    restore = saved_state(model)
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def undone_on(error: type[Exception], model: nn.Module, within: Iterable[str] | None = None) -> Iterator[None]:
+    """Put the buffers, the plain attributes of modules and the random generators back if ``error`` is raised."""
+    restore = saved_state(model, within)
+    try:
+        yield
+    except error:
+        restore()
+        raise
+
+
+def saved_state(model: nn.Module, within: Iterable[str] | None = None) -> Undo:
+    """Save what a run of ``model``, or of its modules ``within``, may change; return what puts it back.
+
+    That is the values of buffers, the attributes that modules hold, with the contents of the lists, dicts and
+    objects among them, and the states of torch's, Python's and numpy's random generators. Parameters are not saved.
+    """
+    modules = list(model.modules() if within is None else _modules_within(model, within))
+    undo = [*_saved_buffers(modules), *saved_generators(model)]
+    contents = Contents(id(tensor) for module in modules for tensor in module._buffers.values())
+    for module in modules:
+        if isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
+            continue  # whose attributes are its own code
+        own = {name: value for name, value in module.__dict__.items() if is_state(name)}
+        undo.append(_attributes_put_back(module.__dict__, own))
+        for value in own.values():
+            contents.save(value)
+    undo += contents.undo
+
+    def restore() -> None:
+        for step in undo:
+            step()
+
+    return restore
+
+
+def saved_generators(model: nn.Module) -> list[Undo]:
+    """Save the states of the random generators that a run of ``model`` may draw from."""
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    generator, on_devices = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
+    host = random.getstate()
+
+    def restore() -> None:
+        torch.set_rng_state(generator)
+        for device, state in on_devices.items():
+            torch.cuda.set_rng_state(state, device)
+        random.setstate(host)
+
+    undo: list[Undo] = [restore]
+    numpy = sys.modules.get("numpy")
+    if numpy is not None and hasattr(numpy, "random"):
+        state = numpy.random.get_state()
+        undo.append(lambda: numpy.random.set_state(state))
+    return undo
+
+
+def is_generator(value: Any) -> bool:
+    """Whether ``value`` is a random generator with a state of its own."""
+    return isinstance(value, (random.Random, torch.Generator)) or _is_numpy_generator(value)
+
+
+def state_of(generator: Any) -> Any:
+    """Return the state of a random generator."""
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.bit_generator.state if hasattr(generator, "bit_generator") else generator.get_state()
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif isinstance(generator, torch.Generator) or not hasattr(generator, "bit_generator"):
+        generator.set_state(state)
+    else:
+        generator.bit_generator.state = state
+
+
+def _is_numpy_generator(value: Any) -> bool:
+    return type(value).__module__.startswith("numpy.random") and type(value).__name__ in ("Generator", "RandomState")
+
+
+def is_state(name: str) -> bool:
+    """Whether an attribute of a module is the user's own, and not that of torch, of a trace or of a conversion."""
+    return name not in REGISTRIES and not name.startswith(("_hc_", "_tensor_constant"))
+
+
+def _modules_within(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
+    return iter({id(m): m for path in paths for m in model.get_submodule(path).modules()}.values())
+
+
+def _saved_buffers(modules: Iterable[nn.Module]) -> list[Undo]:
+    buffers = [
+        (module, name, buffer, buffer.detach().clone(), None if buffer.is_inference() else buffer._version)
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+
+    def restore() -> None:
+        with torch.no_grad():
+            for module, name, buffer, saved, version in buffers:
+                if not isinstance(module, torch.jit.ScriptModule):
+                    module._buffers[name] = buffer  # the forward may have put another tensor in its place
+                if buffer.device.type != "meta" and not _same(buffer, saved, version):
+                    buffer.copy_(saved)
+
+    return [restore]
+
+
+def _same(buffer: torch.Tensor, saved: torch.Tensor, version: int | None) -> bool:
+    if buffer.layout is not torch.strided:
+        return version is not None and buffer._version == version
+    return torch.equal(buffer, saved)
+
+
+def _attributes_put_back(attributes: dict[str, Any], saved: dict[str, Any]) -> Undo:
+    def restore() -> None:
+        for name in [n for n in attributes if is_state(n) and n not in saved]:
+            del attributes[name]
+        attributes.update(saved)
+
+    return restore
+
+
+class Contents:
+    """The contents of Python values that can be changed, and how to put them back.
+
+    Args:
+        known: ids of tensors that are saved otherwise.
+    """
+
+    def __init__(self, known: Iterable[int] = ()) -> None:
+        self.seen = set(known)
+        self.alive: list[Any] = []
+        self.undo: list[Undo] = []
+
+    def save(self, value: Any) -> None:
+        """Save ``value`` and all that it holds."""
+        waiting = [value]
+        while waiting and len(self.seen) < MOST:
+            value = waiting.pop()
+            if value is None or isinstance(value, (bool, int, float, str, bytes, OPAQUE)) or id(value) in self.seen:
+                continue
+            self.seen.add(id(value))
+            self.alive.append(value)
+            waiting += self._save_one(value)
+
+    def _save_one(self, value: Any) -> list[Any]:
+        """Save one value; return what it holds."""
+        if isinstance(value, torch.Tensor):
+            if not isinstance(value, nn.Parameter) and not value.is_inference() and value.device.type != "meta":
+                self.undo.append(_tensor_put_back(value))
+            return []
+        if is_generator(value):
+            state = state_of(value)
+            self.undo.append(lambda: _set_state(value, state))
+            return []
+        if isinstance(value, (tuple, frozenset)):
+            return list(value)
+        if isinstance(value, CONTAINERS):
+            saved: Any = value.copy()
+            self.undo.append(lambda: refill(value, saved))
+            return [*saved.values()] if isinstance(saved, dict) else [] if isinstance(saved, bytearray) else [*saved]
+        if type(value).__module__.startswith("numpy") and type(value).__name__ == "ndarray":
+            array = value.copy()
+            self.undo.append(lambda: value.__setitem__(Ellipsis, array))
+            return []
+        attributes = getattr(value, "__dict__", None)
+        if type(attributes) is not dict or type(value).__module__.partition(".")[0] == "torch":
+            return []
+        kept = dict(attributes)
+        self.undo.append(lambda: refill(attributes, kept))
+        return [*kept.values()]
+
+
+def _tensor_put_back(tensor: torch.Tensor) -> Undo:
+    saved, version = tensor.detach().clone(), tensor._version
+
+    def restore() -> None:
+        if tensor._version != version:
+            with torch.no_grad():
+                tensor.copy_(saved)
+
+    return restore
+
+
+def refill(value: Any, saved: Any) -> None:
+    """Make a container hold what it held."""
+    if isinstance(value, dict):
+        if len(value) != len(saved) or any(k not in value or value[k] is not v for k, v in saved.items()):
+            value.clear()
+            value.update(saved)
+    elif isinstance(value, (list, bytearray)):
+        value[:] = saved
+    else:
+        value.clear()
+        value.update(saved) if isinstance(value, set) else value.extend(saved)

@@ -1,0 +1,163 @@
+"""The graphs of one module's forward: each for some kinds of calls, the first that fits a call runs it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from .errors import DecisionChanged
+from .flat import flatten_graph, unflatten_graph
+from .graph_code import shared_function_of
+from .guards import CHECKS, HINT
+from .python_state import PythonState
+from .reads import is_shape_read
+from .state import undone_on
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What must be known of a call to tell whether a graph is the right one.
+
+    Attributes:
+        late: whether it may stop after an operation that changed the state.
+        values: whether it decides on values of tensors or on random numbers.
+        flags: paths of the ``training`` flags that it reads.
+        touched: modules whose state may have changed when it stops.
+    """
+
+    late: bool
+    values: bool
+    flags: tuple[str, ...]
+    touched: tuple[str, ...] = ()
+
+
+class Variant:
+    """A graph, and the Python state that it was traced in.
+
+    Args:
+        graph: rewritten.
+        state: what its code read of attributes and globals.
+        left_out: names of converted residuals that are not in it.
+        forward: what runs it, by default code made of the graph.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        state: PythonState | None = None,
+        left_out: tuple[str, ...] = (),
+        forward: Callable[..., Any] | None = None,
+    ) -> None:
+        self.graph = graph
+        self.state = state or PythonState()
+        self.left_out = left_out
+        self.whole = self.forward = forward or shared_function_of(graph)
+        self.needs = needs_of(graph)
+
+    def __reduce__(self) -> Any:
+        return _variant, (flatten_graph(self.graph), self.state, self.left_out)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Variant:
+        return Variant(copy.deepcopy(self.graph, memo), copy.deepcopy(self.state, memo), self.left_out)
+
+
+def _variant(rows: list[tuple[Any, ...]], state: PythonState, left_out: tuple[str, ...]) -> Variant:
+    return Variant(unflatten_graph(rows), state, left_out)
+
+
+def run_first(
+    variants: Iterable[Variant], module: nn.Module, holder: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[Variant | None, Any]:
+    """Run the first graph that decides as this call does; what others did to the state before they stopped is undone.
+
+    Args:
+        variants: to try, in order.
+        module: that the graphs run on.
+        holder: the module that holds the attributes that they read.
+        args, kwargs: of the call.
+
+    Returns:
+        The graph that fitted and its output; (None, why the first one did not fit) if none did.
+    """
+    first: DecisionChanged | None = None
+    for variant in variants:
+        change = variant.state.change(holder)
+        if change is not None:
+            first = first or DecisionChanged(f"{change}. {HINT}")
+            continue
+        try:
+            return variant, run(variant, module, args, kwargs)
+        except DecisionChanged as decision:
+            first = first or decision
+    return None, first
+
+
+def run(variant: Variant, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    """Run a graph, undoing what it did to the state if it turns out not to fit."""
+    if not variant.needs.late:
+        return variant.forward(module, *args, **kwargs)
+    with undone_on(DecisionChanged, module, variant.needs.touched):
+        return variant.forward(module, *args, **kwargs)
+
+
+def run_compiled(
+    variants: Iterable[Variant], module: nn.Module, holder: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[bool, Any]:
+    """Do as :func:`run_first` in code that is being compiled, where what is read becomes the compiler's guards."""
+    change: Any = None
+    for variant in variants:
+        try:
+            if variant.state.compiled is not None:
+                variant.state.compiled(holder)
+            return True, variant.forward(module, *args, **kwargs)
+        except (DecisionChanged, TypeError) as decision:
+            change = change or decision
+    return False, change
+
+
+def needs_of(graph: fx.Graph) -> Needs:
+    """Return what ``graph`` needs to know of a call."""
+    working = late = False
+    touched: list[str] = []
+    before_check: list[str] = []
+    for node in graph.nodes:
+        if node.target in CHECKS:
+            late = late or working
+            touched += before_check
+            before_check = []
+        elif node.op == "call_module":
+            before_check.append(str(node.target))
+            working = True
+        elif node.op == "get_attr" and not str(node.target).endswith(("training", "_buffers", "__dict__")):
+            before_check.append(str(node.target).rpartition(".")[0])
+        elif node.op not in ("placeholder", "get_attr", "output") and not is_shape_read(node):
+            working = True
+    values = any("hc_on_values" in node.meta for node in graph.nodes if node.target in CHECKS)
+    reads = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    flags = tuple(target for target in reads if target.rpartition(".")[2] == "training")
+    return Needs(late, values, flags, tuple(dict.fromkeys(touched)))
+
+
+def decides_on_training(graph: fx.Graph) -> bool:
+    """Whether a check of ``graph`` depends on a ``training`` flag."""
+    for node in graph.nodes:
+        if node.target in CHECKS and any(n.op == "get_attr" for n in node.all_input_nodes):
+            return True
+    return False
+
+
+def adopt_constants(module: nn.Module, graph: fx.Graph, traced: nn.Module) -> None:
+    """Move the constants of a trace to ``module``, under names that are free there."""
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            value = traced.get_buffer(str(node.target))
+            name, number = str(node.target), 0
+            while name in module._buffers and module._buffers[name] is not value:
+                number += 1
+                name = f"{node.target}_{number}"
+            module.register_buffer(name, value, persistent=False)
+            node.target = name

@@ -1,0 +1,246 @@
+"""What traced code reads and writes beside tensors: attributes, settings, globals.
+
+Reads become guards (:mod:`hc_transform.python_state`). What a graph would not do again, such as counting in an
+attribute or collecting in a list, keeps the module that does it whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .frames import INTERNAL_FILES
+from .python_state import Read, Same, Step, frozen, is_plain
+from .state import CONTAINERS, Contents, is_generator, is_state, state_of
+
+Key = tuple[str, str]  # (path of a module, name of an attribute)
+DEEPEST = 3  # objects within objects whose fields are looked at
+LIBRARIES = frozenset({"torch", "numpy", "einops", "builtins", "hc_transform", *sys.stdlib_module_names})
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
+
+
+class Watch:
+    """Watch the code that is traced.
+
+    Args:
+        root: the module that is traced.
+        is_on: whether traced code is running now, in this thread.
+        where: the path of the module whose code is running.
+    """
+
+    def __init__(self, root: nn.Module, is_on: Callable[[], bool], where: Callable[[], str]) -> None:
+        self.is_on = is_on
+        self.where = where
+        self.paths = {id(module): path for path, module in root.named_modules()}
+        self.reads: dict[Key, Any] = {}
+        self.writes: dict[Key, str] = {}  # with the module whose code wrote first
+        self.names: set[str] = set()  # that the code that ran mentions
+        self._codes: dict[int, types.CodeType] = {}
+        self._shared: dict[tuple[int, str], _Shared] = {}
+        for path, module in root.named_modules():
+            for cls in type(module).__mro__:
+                if not _is_library(cls.__module__) and (id(cls), "") not in self._shared:
+                    self._shared[id(cls), ""] = _Shared(cls, "__dict__", f"a class attribute of {cls.__name__}", path)
+                    for name in [n for n, value in vars(cls).items() if _is_data(n, value)]:
+                        self._shared[id(cls), name] = _Shared(cls, name, f"{cls.__name__}.{name}", path)
+
+    def read(self, module: nn.Module, name: str, value: Any) -> None:
+        """Note that traced code read an attribute of a module."""
+        path = self.paths.get(id(module))
+        if path is None or name == "training" or not is_state(name) or name.startswith("__"):
+            return
+        if isinstance(value, (nn.Module, torch.Tensor, fx.Proxy, types.MethodType)):
+            if isinstance(value, torch.Tensor) or name not in module.__dict__ or isinstance(value, nn.Module):
+                return
+        key = (path, name)
+        if key not in self.reads and key not in self.writes and not _is_property(type(module), name):
+            self.reads[key] = value
+
+    def write(self, module: nn.Module, name: str) -> None:
+        """Note that traced code sets an attribute of a module."""
+        path = self.paths.get(id(module))
+        if path is not None and name != "training" and is_state(name):
+            self.writes.setdefault((path, name), self.where())
+
+    def profile(self, frame: Any, event: str, argument: Any) -> None:
+        """Note which code runs, and what globals it may read: a profile function for ``sys.setprofile``."""
+        if event != "call" or id(frame.f_code) in self._codes or not self.is_on():
+            return
+        code = frame.f_code
+        self._codes[id(code)] = code
+        if code.co_filename.startswith(INTERNAL_FILES) or _is_library(str(frame.f_globals.get("__name__"))):
+            return
+        self.names.update(code.co_names)
+        space, where = frame.f_globals, self.where()
+        for name in code.co_names:
+            if name in space and (id(space), name) not in self._shared and not name.startswith("__"):
+                self._shared[id(space), name] = _Shared(space, name, name, where)
+
+    # -- what is left behind
+
+    def put_back(self) -> list[tuple[str, str]]:
+        """Put back what traced code changed of globals and classes; return which module did, and that as a reason."""
+        changed = [was for was in self._shared.values() if was.changed()]
+        for was in changed:
+            was.put_back()
+        return [(was.where, f"its code changes {was.title!r}, which a graph would not") for was in changed]
+
+    # -- what was read
+
+    def guards(self) -> tuple[Read, ...]:
+        """Return a guard for everything that was read."""
+        found: dict[tuple[str, tuple[Step, ...]], Read] = {}
+        for (path, name), value in self.reads.items():
+            for read in self._guards_of(path, (("attribute", name),), value, 0):
+                found.setdefault((read.home, read.steps), read)
+        for shared in self._shared.values():
+            space, name, before = shared.owner, shared.name, shared.value
+            if isinstance(space, type):
+                continue  # read from an instance
+            home = str(space.get("__name__", ""))
+            if getattr(sys.modules.get(home), "__dict__", None) is not space or _is_library(home):
+                continue
+            if isinstance(before, FUNCTIONS) and not inspect.isclass(before) or isinstance(before, nn.Module):
+                continue
+            for read in self._guards_of(f"module:{home}", (("attribute", name),), before, 0):
+                found.setdefault((read.home, read.steps), read)
+        return tuple(found.values())
+
+    def _guards_of(self, home: str, steps: tuple[Step, ...], value: Any, depth: int) -> Iterator[Read]:
+        if isinstance(value, (torch.Tensor, nn.Module, fx.Proxy)) or is_generator(value):
+            return
+        if isinstance(value, types.ModuleType):
+            if depth == 0 and not _is_library(value.__name__):
+                yield from self._named_in(home, steps, vars(value), "attribute", depth)
+            return
+        if inspect.isclass(value):
+            if not _is_library(value.__module__) and not issubclass(value, (nn.Module, BaseException)):
+                yield from self._named_in(home, steps, vars(value), "attribute", depth)
+            return
+        expected = frozen(value)
+        if is_plain(value):
+            yield Read(home, steps, expected)
+            return
+        if isinstance(value, dict):
+            yield Read(home, steps, expected)
+            if depth < DEEPEST and len(value) <= 64:
+                for key, entry in value.items():
+                    if isinstance(key, (str, int)) and (is_plain(entry) or not isinstance(entry, FUNCTIONS)):
+                        yield from self._guards_of(home, (*steps, ("entry", key)), entry, depth + 1)
+            return
+        if expected is not None:
+            yield Read(home, steps, expected)
+            return
+        yield Read(home, steps, Same)
+        fields = getattr(value, "__dict__", None)
+        if isinstance(fields, dict) and not isinstance(value, FUNCTIONS) and not _is_library(type(value).__module__):
+            yield from self._named_in(home, steps, fields, "attribute", depth)
+            of_class = {n: getattr(value, n) for n in self.names if _is_setting(type(value), n) and n not in fields}
+            yield from self._named_in(home, steps, of_class, "attribute", depth)
+
+    def _named_in(self, home: str, steps: tuple[Step, ...], fields: Any, how: str, depth: int) -> Iterator[Read]:
+        if depth < DEEPEST:
+            for name in sorted(self.names.intersection(fields)):
+                if not name.startswith("__") and not isinstance(fields[name], FUNCTIONS):
+                    yield from self._guards_of(home, (*steps, (how, name)), fields[name], depth + 1)
+
+
+class _Shared:
+    """A global or an attribute of a class, as it was when code that may change it began to run."""
+
+    def __init__(self, owner: Any, name: str, title: str, where: str) -> None:
+        self.owner, self.name, self.title, self.where = owner, name, title, where
+        self.value = None if name == "__dict__" else self._now()
+        self.names = set(vars(owner)) if name == "__dict__" else set()
+        self.contents = Contents()
+        self.fingerprint: Any = None
+        if is_mutable(self.value):
+            self.contents.save(self.value)
+            self.fingerprint = _fingerprint(self.value, 0)
+
+    def _now(self) -> Any:
+        return self.owner.get(self.name) if isinstance(self.owner, dict) else vars(self.owner).get(self.name)
+
+    def changed(self) -> bool:
+        """Whether it is another value now, or holds something else."""
+        if self.name == "__dict__":
+            return bool({n for n, v in vars(self.owner).items() if _is_data(n, v)} - self.names)
+        now = self._now()
+        if now is not self.value:
+            return is_plain(now) or is_plain(self.value) or is_mutable(now) or is_mutable(self.value)
+        return self.fingerprint is not None and _fingerprint(now, 0) != self.fingerprint
+
+    def put_back(self) -> None:
+        """Make it what it was."""
+        if self.name == "__dict__":
+            for name in {n for n, v in vars(self.owner).items() if _is_data(n, v)} - self.names:
+                delattr(self.owner, name)
+            return
+        for undo in self.contents.undo:
+            undo()
+        if isinstance(self.owner, dict):
+            self.owner[self.name] = self.value
+        else:
+            setattr(self.owner, self.name, self.value)
+
+
+def is_mutable(value: Any) -> bool:
+    """Whether a value is a container or an object of the user's that code may change."""
+    if isinstance(value, CONTAINERS) or is_generator(value):
+        return True
+    if isinstance(value, (*FUNCTIONS, types.ModuleType, types.MethodType, nn.Module, torch.Tensor)):
+        return False
+    return type(getattr(value, "__dict__", None)) is dict and not _is_library(type(value).__module__)
+
+
+def _is_data(name: str, value: Any) -> bool:
+    return not name.startswith("__") and (is_plain(value) or isinstance(value, CONTAINERS) or is_generator(value))
+
+
+def differing_state(before: Any, after: Any) -> bool:
+    """Whether a value that a module holds was changed while its copy was traced."""
+    return _fingerprint(before, 0) != _fingerprint(after, 0)
+
+
+def _fingerprint(value: Any, depth: int) -> Any:
+    """Return what tells whether a value was changed, the same for a copy of it."""
+    if is_plain(value):
+        return value if value == value else "nan"
+    if isinstance(value, (torch.Tensor, nn.Module, fx.Proxy)) or depth > DEEPEST:
+        return type(value).__name__ if not isinstance(value, fx.Proxy) else "proxy"
+    if is_generator(value):
+        return str(state_of(value))
+    if isinstance(value, dict):
+        return "dict", tuple((str(k), _fingerprint(v, depth + 1)) for k, v in list(value.items())[:1000]), len(value)
+    if isinstance(value, (list, tuple, set, frozenset)) or hasattr(value, "popleft"):
+        entries = [_fingerprint(v, depth + 1) for v in list(value)[:1000]]
+        return type(value).__name__, len(value), tuple(sorted(map(str, entries)) if isinstance(value, set) else entries)
+    fields = getattr(value, "__dict__", None)
+    if type(fields) is dict and not isinstance(value, (*FUNCTIONS, types.MethodType, types.ModuleType)):
+        return type(value).__name__, tuple((k, _fingerprint(v, depth + 1)) for k, v in list(fields.items())[:1000])
+    return type(value).__name__
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_property(cls: type, name: str) -> bool:
+    """Whether reading the attribute runs code, which is watched itself."""
+    return hasattr(inspect.getattr_static(cls, name, None), "__get__") and hasattr(
+        inspect.getattr_static(cls, name, None), "fget"
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_setting(cls: type, name: str) -> bool:
+    member = inspect.getattr_static(cls, name, None)
+    return not name.startswith("__") and (isinstance(member, property) or member is not None and is_plain(member))
+
+
+def _is_library(name: str) -> bool:
+    return name.partition(".")[0] in LIBRARIES
