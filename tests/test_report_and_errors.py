@@ -175,7 +175,7 @@ class DataDependent(nn.Module):
 
     def forward(self, x):
         x = x + self.f(x)
-        return x if x.sum() > 0 else -x
+        return x if int(x.sum()) > 0 else -x
 
 
 @pytest.mark.parametrize(
