@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -69,6 +71,27 @@ def undone_on(error: type[Exception], model: nn.Module) -> Iterator[None]:
         raise
 
 
+def seed_generators(seed: int = 0) -> None:
+    """Seed all generators that a model may draw from: torch's on every device, Python's, and numpy's if it is there."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
+def _saved_generators() -> Callable[[], None]:
+    """Save Python's and numpy's generators; return what puts them back."""
+    python, numpy = random.getstate(), sys.modules.get("numpy")
+    array = numpy.random.get_state() if numpy is not None else None
+
+    def restore() -> None:
+        random.setstate(python)
+        if numpy is not None:
+            numpy.random.set_state(array)
+
+    return restore
+
+
 def saved_state(model: nn.Module) -> Callable[[], None]:
     """Save the values of the buffers and the random generators; return what puts them back."""
     buffers = [
@@ -78,6 +101,7 @@ def saved_state(model: nn.Module) -> Callable[[], None]:
         if buffer is not None
     ]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    restore_others = _saved_generators()
     generator, on_devices = torch.get_rng_state(), {d: torch.cuda.get_rng_state(d) for d in devices}
 
     def restore() -> None:
@@ -87,6 +111,7 @@ def saved_state(model: nn.Module) -> Callable[[], None]:
                     module._buffers[name] = buffer  # the forward may have put another tensor in its place
                 if buffer.device.type != "meta" and not torch.equal(buffer, saved):
                     buffer.copy_(saved)
+        restore_others()
         torch.set_rng_state(generator)
         for device, state in on_devices.items():
             torch.cuda.set_rng_state(state, device)
