@@ -11,7 +11,7 @@ from torch import nn
 
 from .additions import CONNECTIONS_NAME, connection_dict, key_of, make_connections
 from .connections import ConnectionLike
-from .convert_blocks import analyse_blocks, convert_blocks, verify_blocks
+from .convert_blocks import analyse_blocks, convert_blocks, move_into
 from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .examples import example_inputs
 from .findings import Reason
@@ -24,8 +24,9 @@ from .report import report_of
 from .structure import clone_structure
 from .trace import bind_inputs
 from .variants import decides_on_training
-from .verify import run_like, tolerance_of
+from .verify import run_like
 from .verify import verify as verify_graph
+from .verify_blocks import verify_blocks
 
 OPTIMIZER_NOTE = "An optimizer made before the conversion does not know the new parameters: make it anew."
 Example = tuple[tuple[Any, ...], dict[str, Any]]
@@ -136,14 +137,14 @@ def convert(
     if scope == "blocks" or inplace:
         if scope == "graph":
             raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
-        return _convert_blocks(model, example, options, hints, share_calls, inplace, verify, "")
+        return _convert_blocks(model, example, expected, options, hints, share_calls, inplace, verify, "")
     try:
         return _convert_graph(model, example, expected, options, hints, verify)
     except (TraceError, UnsupportedModel) as error:
         if scope == "graph" or example is None or isinstance(error.__cause__, ValueError):
             raise
         try:
-            return _convert_blocks(model, example, options, hints, share_calls, inplace, verify, str(error))
+            return _convert_blocks(model, example, expected, options, hints, share_calls, inplace, verify, str(error))
         except HCTransformError:
             raise error from None
 
@@ -162,8 +163,9 @@ def _convert_graph(
     if example is None:
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
     elif check:
-        error = verify_graph(model, converted, analysis.plan, *example, expected=expected)
-        notes.insert(0, f"Verified on the example inputs: largest relative error {error:.1e}.")
+        found = verify_graph(model, converted, analysis.plan, *example, expected=expected)
+        error = found.error
+        notes.insert(0, found.note)
     ends = sum(p.numel() for p in modules.parameters()) - sum(
         p.numel() for connection in connections.values() for p in connection.parameters()
     )
@@ -174,6 +176,7 @@ def _convert_graph(
 def _convert_blocks(
     model: nn.Module,
     example: Example | None,
+    expected: Any,
     options: Options,
     hints: Hints,
     share_calls: bool,
@@ -187,17 +190,16 @@ def _convert_blocks(
             f"scope='blocks' runs {type(model).__name__} once to find its residuals: give example inputs with args= "
             "and kwargs="
         )
-    converted, planned, tape, modules = convert_blocks(
-        model, *example, options, hints, share_calls=share_calls, inplace=inplace
-    )
+    converted, planned, tape, modules = convert_blocks(model, *example, options, hints, share_calls=share_calls)
     plan = planned.plan
     plain = any(s.reason is Reason.PLAIN for s in plan.skipped)
     if not plan.residuals and not plain:
         raise NothingToConvert(_nothing(model, plan))
     notes, error = [], None
-    if check and not inplace:
-        error, note = verify_blocks(model, converted, planned, tape, modules, *example, bound_of=tolerance_of)
-        notes += [f"Verified on the example inputs: largest relative error {error:.1e}.", *([note] if note else ())]
+    if check:
+        found = verify_blocks(model, converted, planned, tape, modules, *example, expected=expected)
+        error = found.error
+        notes.append(found.note)
     reason = f"because the whole model is no one graph: {why.rstrip('.')}" if why else "as asked"
     notes.append(f"Scope blocks, {reason}. {len(planned.blocks)} modules run graphs; the rest is Python as before.")
     notes += [f"Streams are read out and begin anew {cut}." for cut in planned.cuts]
@@ -206,6 +208,9 @@ def _convert_blocks(
     counted = {id(p): p.numel() for m in modules.values() for p in m.parameters()}
     ours = {id(p): p.numel() for m in connections.values() for p in m.parameters()}
     report = report_of(plan, connections, error, tuple(notes), sum(counted.values()) - sum(ours.values()))
+    if inplace:
+        move_into(model, converted)
+        converted = model
     converted.__dict__["hc_report"] = report
     return converted
 

@@ -15,18 +15,17 @@ from .block_runner import RUNNER, BlockError, BlockRunner, reads_training
 from .blocks import BlockPlan, BlocksPlan, container, find_holders, plan_blocks, relative
 from .candidates import may_add
 from .connections import Connection
-from .errors import HCTransformError, NotEquivalent
+from .errors import HCTransformError
 from .find import find_residuals
 from .findings import Residual
 from .hints import Hints
 from .hooks import read_outputs
 from .options import Options
 from .planner import Plan, make_plan
-from .reference import NamedInputs, ReferenceInterpreter, separate
 from .structure import clone_structure
-from .tape import Tape, record, tensors_in
+from .tape import Tape, record
 from .trace import describe
-from .verify import STREAM_TOLERANCES, relative_error, run_like, without_stream_dropout
+from .verify import run_like
 
 ATTEMPTS = 20  # blocks of one model that turn out not to be traceable
 
@@ -76,7 +75,6 @@ def convert_blocks(
     hints: Hints,
     *,
     share_calls: bool,
-    inplace: bool,
 ) -> tuple[nn.Module, BlocksPlan, Tape, dict[str, Any]]:
     """Return the converted model, what was planned, the tape, and the new modules by their keys.
 
@@ -87,7 +85,7 @@ def convert_blocks(
     for _ in range(ATTEMPTS):
         planned, tape = analyse_blocks(model, args, kwargs, options, share_calls, refused, apart, tape)
         if not planned.plan.residuals:
-            return model, planned, tape, {}
+            return clone_structure(model), planned, tape, {}
         connections = make_connections(planned.plan)
         converted = clone_structure(model)
         try:
@@ -101,9 +99,6 @@ def convert_blocks(
                 raise HCTransformError(f"the converted {type(model).__name__} fails: {failure}") from failure
             apart = str(failure)
             continue
-        if inplace:
-            _move_into(model, converted)
-            converted = model
         return converted, planned, tape, modules
     raise HCTransformError(
         f"more than {ATTEMPTS} modules of {type(model).__name__} cannot be traced, among them "
@@ -202,93 +197,16 @@ def _traced_run(converted: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         raise CannotHandOn(describe(error)) from error
 
 
-def _move_into(model: nn.Module, converted: nn.Module) -> None:
+def move_into(model: nn.Module, converted: nn.Module) -> None:
     """Give the given model's own modules what the converted copies hold."""
     for path, module in list(model.named_modules()):
         other = converted.get_submodule(path)
         if type(other) is not type(module):
-            module.__class__ = type(other)
-            module.__dict__[RUNNER] = other.__dict__[RUNNER]
-            module.add_module(CONNECTIONS_NAME, other.get_submodule(CONNECTIONS_NAME))
-            for registry in ("_forward_hooks", "_forward_pre_hooks"):
-                module.__dict__[registry] = other.__dict__[registry]
             for name, buffer in other._buffers.items():
-                if name not in module._buffers:
+                if name not in module._buffers:  # a constant of a graph
                     module.register_buffer(name, buffer, persistent=False)
-        elif read_outputs in other._forward_hooks.values():
+            connections = other.get_submodule(CONNECTIONS_NAME)
+            assert isinstance(connections, nn.ModuleDict)
+            install(module, other.__dict__[RUNNER], connections)
+        if read_outputs in other._forward_hooks.values():
             module.register_forward_hook(read_outputs)
-
-
-def verify_blocks(
-    original: nn.Module,
-    converted: nn.Module,
-    planned: BlocksPlan,
-    tape: Tape,
-    modules: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    bound_of: Any,
-) -> tuple[float, str | None]:
-    """Return the largest relative error of the outputs, and a note where less than usual was compared.
-
-    Raises:
-        NotEquivalent: as for :func:`hc_transform.verify.verify`. With all coefficients moved off
-            their start the outputs are compared to those of the tape, interpreted with stacked streams.
-    """
-    expected = run_like(original, args, kwargs)
-    options = planned.plan.options
-    with without_stream_dropout(converted):
-        error = relative_error(run_like(converted, args, kwargs), expected)
-        bound = bound_of(expected)
-        if not error <= bound and options.readout != "sum":
-            raise NotEquivalent(
-                f"the converted {type(original).__name__} differs from the original by {error:.1e} (relative; at most "
-                f"{bound:.0e} was expected). Leave residuals out with exclude=[...], keep modules whole with "
-                "leaf_modules=[...], or report the model."
-            )
-        if options.readout == "learned" or options.nested == "all":
-            return error, None
-        apart, note = _separated_error(converted, planned, tape, modules, args, kwargs)
-    if note is None and not apart[0] <= apart[1]:
-        raise NotEquivalent(
-            f"with separated streams the converted {type(original).__name__} differs from its reference by "
-            f"{apart[0]:.1e} (relative; at most {apart[1]:.0e} was expected). Leave residuals out with exclude=[...], "
-            "or report the model."
-        )
-    return error, note
-
-
-def _separated_error(
-    converted: nn.Module,
-    planned: BlocksPlan,
-    tape: Tape,
-    modules: Mapping[str, Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> tuple[tuple[float, float], str | None]:
-    """Return the error with separated streams and its bound, or why it cannot be told."""
-    unique = nn.ModuleList({id(m): m for m in modules.values()}.values())
-    start = {name: value.clone() for name, value in unique.state_dict().items()}
-    plain = NamedInputs(tape.graph_module)
-    try:
-        separate(unique)
-        actual = tensors_in(run_like(converted, args, kwargs))
-        reference = ReferenceInterpreter(planned.plan, dict(modules))
-        expected = run_like(tape.graph_module, (), tape.named_inputs, reference.run_on)
-    except Exception as failure:
-        return (0.0, 0.0), f"Streams were not compared one by one: repeating the recorded run fails ({failure})"[:300]
-    finally:
-        unique.load_state_dict(start)
-    dtype = next((t.dtype for t in actual if t.is_floating_point()), torch.float32)
-    error, bound = relative_error(actual, list(expected)), STREAM_TOLERANCES.get(dtype, float("inf"))
-    if error <= bound:
-        return (error, bound), None
-    if tape.reads_values:
-        return (0.0, 0.0), (
-            "Streams were not compared one by one: the model decides on values of tensors, which other streams change."
-        )
-    outputs = tensors_in(run_like(converted, args, kwargs))
-    repeated = run_like(tape.graph_module, (), tape.named_inputs, plain.run_on)
-    if not relative_error(outputs, list(repeated)) <= bound:
-        return (0.0, 0.0), "Streams were not compared one by one: the recorded run gives other outputs when repeated."
-    return (error, bound), None

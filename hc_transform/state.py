@@ -88,6 +88,14 @@ def saved_generators(model: nn.Module) -> list[Undo]:
     return undo
 
 
+def seed_generators(seed: int = 0) -> None:
+    """Seed all generators that a model may draw from: torch's on every device, Python's, and numpy's if it is there."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+
+
 def is_generator(value: Any) -> bool:
     """Whether ``value`` is a random generator with a state of its own."""
     return isinstance(value, (random.Random, torch.Generator)) or _is_numpy_generator(value)

@@ -22,10 +22,11 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from .candidates import INLINED_FROM_TORCH, may_add
+from .compare import tensors_of
 from .frames import user_frame, user_lines
 from .kinds import Kind, Kinds
 from .proxy import AppliedFunction, set_item
-from .state import state_restored
+from .state import seed_generators, state_restored
 from .structure import copy_inputs, keep_plain_tensors
 from .tracer import SHAPE_ATTRIBUTES
 
@@ -71,7 +72,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     args, kwargs = copy_inputs(tuple(args)), copy_inputs(dict(kwargs))
     recorder = _Recorder(model)
     with state_restored(model), torch.no_grad(), recorder.patched():
-        torch.manual_seed(0)
+        seed_generators()
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         for tensor in inputs:
             recorder.input(tensor)
@@ -265,8 +266,7 @@ class _Recorder(TorchFunctionMode):
                 self._results(item, entry)
 
     def finish(self, output: Any) -> fx.GraphModule:
-        tensors = [leaf for leaf in tensors_in(output)]
-        self.graph.output(tuple(self._node_of(t) for t in tensors))
+        self.graph.output(tuple(self._node_of(t) for t in tensors_of(output)))
         root = nn.Module()
         for name in ("_parameters", "_buffers", "_modules"):
             root.__dict__[name] = dict(self.model.__dict__[name])

@@ -5,57 +5,84 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from .additions import CONNECTIONS_NAME
+from .compare import Comparison, compare, relative_error, tensor_error, tensors_of
 from .ends import StreamDropout
-from .errors import NotEquivalent
+from .errors import DecisionChanged, HCTransformError, NotEquivalent
 from .planner import Plan
 from .reference import NamedInputs, ReferenceInterpreter, separate
-from .state import state_restored
+from .state import seed_generators, state_restored
 from .structure import copy_inputs
 from .trace import bind_inputs
+from .trunks import nest
+
+__all__ = ["Verification", "first_difference", "relative_error", "run_like", "tolerance_of", "verify"]
 
 # Relative to the largest absolute value of each output. Start "paper" is exact up to the rounding of
 # the readout; start "mirrored" rounds at every write.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 # For separated streams, whose sums the reference rounds in another order and the layers amplify. A stream
 # in a wrong place shows at about 1e-1. Half precision is not compared so.
+DECIDES = "the model decides on values of tensors, which other streams change"
 STREAM_TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
 
 
+@dataclass(frozen=True)
+class Verification:
+    """What verification found.
+
+    Attributes:
+        error: the largest relative error of the outputs; None if nothing could be compared.
+        apart: why the streams were not compared with coefficients off their start; "" if they were.
+        unseen: what of the outputs was not compared.
+        scaled: whether the outputs are others by definition (``readout="sum"``).
+    """
+
+    error: float | None
+    apart: str = ""
+    unseen: tuple[str, ...] = ()
+    scaled: bool = False
+
+    @property
+    def note(self) -> str:
+        """What the report says of it."""
+        shown = ", ".join(self.unseen[:3]) + (" and others" if len(self.unseen) > 3 else "")
+        if self.error is None:
+            return f"Not verified: the output holds no value to compare{': ' + shown if shown else ''}."
+        unseen = f" Not compared: {shown}." if shown else ""
+        if self.scaled:
+            streams = f"Nor were its streams: {self.apart}." if self.apart else "Its streams agree with the reference."
+            return f"Not verified: readout='sum' gives other outputs than the original. {streams}{unseen}"
+        if self.apart:
+            return (
+                f"Verified on the example inputs at the start alone, where all streams are alike: largest relative "
+                f"error {self.error:.1e}. Not verified with separated streams: {self.apart}.{unseen}"
+            )
+        return f"Verified on the example inputs: largest relative error {self.error:.1e}.{unseen}"
+
+
 def run_like(model: nn.Module, args: Any, kwargs: Any, forward: Callable[..., Any] | None = None) -> Any:
-    """Return the model's outputs on copies of the inputs, its state and the random state put back after."""
+    """Return the model's outputs on copies of the inputs, with all random generators seeded.
+
+    The state of the model and of the generators (torch's, Python's, numpy's) is put back after.
+    """
     with state_restored(model), torch.no_grad():
-        torch.manual_seed(0)
+        seed_generators()
         return (forward or model)(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
 
 
-def relative_error(actual: Any, expected: Any) -> float:
-    """Return the largest error of any tensor in two nested outputs, relative to its largest value.
-
-    Outputs of different structure, shape or with NaN in other places are infinitely apart.
-    """
-    ours, theirs = pytree.tree_leaves(_opened(actual)), pytree.tree_leaves(_opened(expected))
-    if len(ours) != len(theirs):
-        return float("inf")
-    errors = [0.0]
-    for a, e in zip(ours, theirs, strict=True):
-        if isinstance(a, Tensor) and isinstance(e, Tensor):
-            errors.append(_tensor_error(a, e))
-        elif type(a) is not type(e):
-            errors.append(float("inf"))
-    return max(errors)
-
-
-def tolerance_of(outputs: Any) -> float:
-    """Return the bound for the least precise floating dtype among the outputs."""
-    dtypes = [t.dtype for t in pytree.tree_leaves(_opened(outputs)) if isinstance(t, Tensor)]
-    return max((TOLERANCES.get(dtype, 0.0) for dtype in dtypes), default=0.0)
+def tolerance_of(outputs: Any, model: nn.Module | None = None) -> float:
+    """Return the bound for the least precise floating dtype among the outputs, or else the model's parameters."""
+    tensors = tensors_of(outputs)
+    if model is not None and not any(t.is_floating_point() for t in tensors):
+        tensors = list(model.parameters())
+    return max((TOLERANCES.get(t.dtype, 0.0) for t in tensors), default=TOLERANCES[torch.float32])
 
 
 def verify(
@@ -65,10 +92,10 @@ def verify(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     expected: Any = None,
-) -> float:
-    """Return the largest relative error of the converted model's outputs on the example inputs.
+) -> Verification:
+    """Compare a converted model with its original on the example inputs.
 
-    Both run in the model's present mode with the same random seed. Equal outputs at the start do not
+    Both run in the model's present mode with the same random seeds. Equal outputs at the start do not
     show that each stream goes where it should, for then all streams are equal; so the streams after
     each residual are compared once more, with coefficients moved off their start, to those of
     :class:`hc_transform.reference.ReferenceInterpreter`. ``expected`` is what :func:`run_like` returns for the
@@ -77,45 +104,128 @@ def verify(
     Raises:
         NotEquivalent: an error is above the bound of the dtype. Names the first residual after
             which the values differ.
+        HCTransformError: the reference itself, or the converted model with separated streams, fails.
     """
     if expected is None:
         expected = run_like(original, args, kwargs)
+    where, apart = None, not_covered(plan)
     with without_stream_dropout(converted):
-        error = relative_error(run_like(converted, args, kwargs), expected)
-        where = first_difference(original, converted, plan, args, kwargs)
-    bound = tolerance_of(expected)
-    wrong = not error <= bound and plan.options.readout != "sum"  # a sum is n times the original by definition
-    if not wrong and where is None:
-        return error
-    raise NotEquivalent(
-        f"the converted {type(original).__name__} differs from the original by {error:.1e} (relative; at most "
-        f"{bound:.0e} was expected); {where or 'no residual differs by itself'}. Leave that residual out with "
+        found = outputs_compared(converted, plan, args, kwargs, expected)
+        if not apart:
+            try:
+                where = first_difference(original, converted, plan, args, kwargs)
+            except DecisionChanged:
+                apart = DECIDES
+    bound = tolerance_of(expected, original)
+    if is_wrong(found, bound, plan) or where is not None:
+        raise not_equivalent(original, found, bound, where)
+    return result_of(found, plan, apart)
+
+
+def outputs_compared(
+    converted: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: Any
+) -> Comparison:
+    """Return how the outputs of the converted model compare with the original's."""
+    return compare(run_like(converted, args, kwargs), expected, dtypes=plan.options.readout != "sum")
+
+
+def is_wrong(found: Comparison, bound: float, plan: Plan) -> bool:
+    """Whether outputs differ that should not; with ``readout="sum"`` they are n times the original's by definition."""
+    return not found.error <= bound and plan.options.readout != "sum"
+
+
+def result_of(found: Comparison, plan: Plan, apart: str) -> Verification:
+    """Return what is to be reported of outputs that agree."""
+    error = found.error if found.values else None
+    return Verification(error, apart, found.unseen, plan.options.readout == "sum")
+
+
+def not_equivalent(original: nn.Module, found: Comparison, bound: float, where: str | None) -> NotEquivalent:
+    """Return the error of a converted model that differs from its original."""
+    place = f" in {found.where}" if found.where.startswith((".", "[")) else ""
+    return NotEquivalent(
+        f"the converted {type(original).__name__} differs from the original by {found.error:.1e}{place} (relative; at "
+        f"most {bound:.0e} was expected); {where or 'no residual differs by itself'}. Leave that residual out with "
         "exclude=[...], keep its module whole with leaf_modules=[...], or report the model."
     )
+
+
+def not_covered(plan: Plan) -> str:
+    """Return why the reference cannot tell what separated streams are to be; "" if it can."""
+    for i, trunk in enumerate(plan.trunks):
+        for other in plan.trunks[i + 1 :]:
+            if nest(trunk.residuals, other.residuals):
+                inner = other.residuals[0].name
+                return f"the reference knows no trunk within a branch of another (nested='all', {inner})"
+    return ""
 
 
 def first_difference(
     original: nn.Module, converted: fx.GraphModule, plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> str | None:
-    """Return a phrase that names the first residual whose streams differ from the reference's, if any."""
-    given = bind_inputs(original, args, kwargs)
-    if not plan.residuals or plan.options.nested == "all":  # the reference knows no trunks within branches
+    """Return a phrase that names the first residual whose streams differ from the reference's, if any.
+
+    Raises:
+        HCTransformError: one of the two cannot be run with separated streams.
+        DecisionChanged: the graph decides on values that are others then.
+    """
+    if not plan.residuals:
         return None
+    given = bind_inputs(original, args, kwargs)
     connections = converted.get_submodule(CONNECTIONS_NAME)
+    with separated(connections):
+        reference = ReferenceInterpreter(plan, dict(connections.named_children()))
+        with failures_of("the reference implementation", original):
+            run_like(plan.graph_module, (), given, reference.run_on)
+        recorder = _Recorder(converted, reference.written)
+        with failures_of("the converted graph", original):
+            run_like(converted, (), given, recorder.run_on)
+    return described_difference(plan, recorder.wrong)
+
+
+@contextmanager
+def separated(connections: nn.Module) -> Iterator[None]:
+    """Move all coefficients off their start, and put them back on exit."""
     start = {name: value.clone() for name, value in connections.state_dict().items()}
     try:
         separate(connections)
-        reference = ReferenceInterpreter(plan, dict(connections.named_children()))
-        run_like(plan.graph_module, (), given, reference.run_on)
-        recorder = _Recorder(converted, reference.written)
-        run_like(converted, (), given, recorder.run_on)
+        yield
     finally:
         connections.load_state_dict(start)
+
+
+@contextmanager
+def failures_of(what: str, original: nn.Module) -> Iterator[None]:
+    """Say what failed while streams were compared, so that no failure of ours passes for one of the model."""
+    try:
+        yield
+    except (HCTransformError, MemoryError, RecursionError, torch.OutOfMemoryError):
+        raise
+    except Exception as failure:
+        text = " ".join(str(failure).split())[:300]
+        raise HCTransformError(
+            f"verification of the converted {type(original).__name__} fails: {what} cannot be run with separated "
+            f"streams ({type(failure).__name__}: {text}). Leave the residual out with exclude=[...], convert with "
+            "verify=False and compare the outputs yourself, or report the model."
+        ) from failure
+
+
+def described_difference(plan: Plan, wrong: Mapping[str, float]) -> str | None:
+    """Return a phrase that names the first residual of ``plan`` in ``wrong``, errors by name."""
     for residual in plan.residuals:
-        if residual.name in recorder.wrong:
-            error = recorder.wrong[residual.name]
+        if residual.name in wrong:
+            error = wrong[residual.name]
             return f"the first difference, {error:.1e}, is after the residual {residual.name} ({residual.location})"
     return None
+
+
+def streams_error(streams: Any, expected: Tensor) -> float:
+    """Return the largest error of streams, expected as ``[n, ...]``; 0 if it is within the bound."""
+    expected = expected.to(streams[0].dtype)
+    if len(streams) != len(expected):
+        return math.inf
+    error = max(tensor_error(stream, e) for stream, e in zip(streams, expected, strict=True))
+    return 0.0 if error <= STREAM_TOLERANCES.get(expected.dtype, math.inf) else error
 
 
 @contextmanager
@@ -144,40 +254,6 @@ class _Recorder(NamedInputs):
         value = super().run_node(n)
         if "hc_residual" in n.meta:  # at once: what comes next may overwrite the streams
             name = n.meta["hc_residual"]
-            expected = self.expected.pop(name).to(value[0].dtype)
-            error = max(_tensor_error(stream, e) for stream, e in zip(value, expected, strict=True))
-            if not error <= STREAM_TOLERANCES.get(expected.dtype, float("inf")):
+            if error := streams_error(value, self.expected.pop(name)):
                 self.wrong[name] = error
         return value
-
-
-def _tensor_error(actual: Tensor, expected: Tensor) -> float:
-    if actual.shape != expected.shape:
-        return float("inf")
-    if expected.numel() == 0 or expected.device.type == "meta":
-        return 0.0
-    if not (expected.is_floating_point() or expected.is_complex()):
-        return 0.0 if torch.equal(actual, expected) else float("inf")
-    if actual.dtype == expected.dtype:
-        difference, largest = (actual - expected).abs().max().item(), expected.abs().max().item()
-        if difference == 0 or math.isfinite(difference) and math.isfinite(largest) and largest > 0:
-            return difference and difference / largest
-    a, e = actual.detach().to(torch.complex128 if expected.is_complex() else torch.float64), expected.detach()
-    e = e.to(a.dtype)
-    unequal = ~((a == e) | (a.isnan() & e.isnan()))
-    if not unequal.any():
-        return 0.0
-    scale = e[e.isfinite()].abs().max().item() if e.isfinite().any() else 0.0
-    worst = (a - e)[unequal].abs().max().item()
-    return worst / scale if scale > 0 and worst == worst else float("inf")
-
-
-def _opened(value: Any) -> Any:
-    """Return dataclasses and other mappings as plain dicts, so that their tensors are found."""
-    if isinstance(value, Mapping):
-        return {key: _opened(v) for key, v in value.items()}
-    if hasattr(value, "__dataclass_fields__") and not isinstance(value, type):
-        return {key: _opened(getattr(value, key)) for key in value.__dataclass_fields__}
-    if isinstance(value, (list, tuple)):
-        return [_opened(v) for v in value]
-    return value

@@ -259,7 +259,7 @@ def test_verify_catches_a_wrong_rewrite(mutation, zero_head):
     x = torch.randn(2, 5, 8)
     plan = hct.plan(model, (x,), connection="static")
     gm = hct.rewrite(plan.graph_module, plan)
-    assert verify.verify(model, gm, plan, (x,), {}) <= 1e-5
+    assert verify.verify(model, gm, plan, (x,), {}).error <= 1e-5
     MUTATIONS[mutation](gm)
     gm.graph.lint()
     gm.recompile()

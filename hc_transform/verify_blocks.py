@@ -1,0 +1,233 @@
+"""Compare a model converted with scope="blocks" with its original."""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .block_runner import RUNNER, BlockRunner
+from .blocks import BlockPlan, BlocksPlan, relative
+from .compare import relative_error, tensors_of
+from .errors import HCTransformError, NotEquivalent
+from .reference import NamedInputs, ReferenceInterpreter
+from .tape import Tape
+from .variants import Variant
+from .verify import (
+    DECIDES,
+    STREAM_TOLERANCES,
+    Verification,
+    described_difference,
+    failures_of,
+    is_wrong,
+    not_covered,
+    not_equivalent,
+    outputs_compared,
+    result_of,
+    run_like,
+    separated,
+    streams_error,
+    tolerance_of,
+    without_stream_dropout,
+)
+
+Streams = tuple[Tensor, ...]
+LEARNED = "between blocks streams are read out as their mean, at the end with the weights of readout='learned'"
+
+
+def verify_blocks(
+    original: nn.Module,
+    converted: nn.Module,
+    planned: BlocksPlan,
+    tape: Tape,
+    modules: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    expected: Any = None,
+) -> Verification:
+    """Compare a converted model with its original on the example inputs, and with its tape off the start.
+
+    Args:
+        original, converted: the models.
+        planned, tape, modules: what was converted; ``modules`` are the connections by their keys on the tape.
+        args, kwargs: the example inputs.
+        expected: what :func:`hc_transform.verify.run_like` returns for the original, if that is known already.
+
+    Raises:
+        NotEquivalent: as for :func:`hc_transform.verify.verify`. With all coefficients moved off
+            their start the outputs are compared to those of the tape, interpreted with stacked streams.
+        HCTransformError: the reference itself, or the converted model with separated streams, fails.
+    """
+    if expected is None:
+        expected = run_like(original, args, kwargs)
+    plan = planned.plan
+    bound = tolerance_of(expected, original)
+    with without_stream_dropout(converted):
+        found = outputs_compared(converted, plan, args, kwargs, expected)
+        apart = LEARNED if plan.options.readout == "learned" else not_covered(plan)
+        off_start = _OffStart(original, converted, planned, tape, modules, args, kwargs)
+        if is_wrong(found, bound, plan):
+            where = None if apart else off_start.first_difference()
+            raise not_equivalent(original, found, bound, where)
+        if plan.residuals and not apart:
+            apart = off_start.check()
+    return result_of(found, plan, apart)
+
+
+class _OffStart:
+    """The comparison with separated streams."""
+
+    def __init__(
+        self,
+        original: nn.Module,
+        converted: nn.Module,
+        planned: BlocksPlan,
+        tape: Tape,
+        modules: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        self.original = original
+        self.converted = converted
+        self.planned = planned
+        self.tape = tape
+        self.modules = modules
+        self.connections = nn.ModuleList({id(m): m for m in modules.values()}.values())
+        self.args, self.kwargs = args, kwargs
+
+    def check(self) -> str:
+        """Return why separated streams cannot be compared; "" if they agree.
+
+        Raises:
+            NotEquivalent: they differ.
+            HCTransformError: the reference fails.
+        """
+        try:
+            with separated(self.connections):
+                with failures_of("the converted model", self.original):
+                    actual = tensors_of(run_like(self.converted, self.args, self.kwargs))
+                with failures_of("the reference implementation", self.original):
+                    expected = list(self._reference()[0])
+        except HCTransformError:
+            excuse = self._excuse()
+            if not excuse:
+                raise
+            return excuse
+        dtype = next((t.dtype for t in actual if t.is_floating_point()), torch.float32)
+        error, bound = relative_error(actual, expected), STREAM_TOLERANCES.get(dtype, float("inf"))
+        if error <= bound:
+            return ""
+        if excuse := self._excuse():
+            return excuse
+        where = self.first_difference()
+        raise NotEquivalent(
+            f"with separated streams the converted {type(self.original).__name__} differs from its reference by "
+            f"{error:.1e} (relative; at most {bound:.0e} was expected); {where or 'no residual differs by itself'}. "
+            "Leave that residual out with exclude=[...], or report the model."
+        )
+
+    def first_difference(self) -> str | None:
+        """Return a phrase that names the first residual whose streams differ from the reference's, if any."""
+        wrong: dict[str, float] = {}
+        try:
+            with separated(self.connections):
+                written = self._reference()[1]
+
+                def compare(name: str, streams: Streams) -> None:
+                    error = streams_error(streams, written[name]) if name in written else 0.0
+                    if error:
+                        wrong.setdefault(name, error)
+
+                with observed_blocks(self.converted, compare):
+                    run_like(self.converted, self.args, self.kwargs)
+        except Exception:
+            if not wrong:  # the error that this is to explain stands for itself
+                return None
+        return described_difference(self.planned.plan, wrong)
+
+    def _reference(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
+        """Return the outputs of the tape run with stacked streams, and the streams after each residual."""
+        reference = ReferenceInterpreter(self.planned.plan, dict(self.modules))
+        outputs = run_like(self.tape.graph_module, (), self.tape.named_inputs, reference.run_on)
+        return outputs, reference.written
+
+    def _excuse(self) -> str:
+        """Return why the tape is no measure of this model with separated streams; "" if it is one."""
+        if self.tape.reads_values:
+            return DECIDES
+        plain = NamedInputs(self.tape.graph_module)
+        try:
+            repeated = run_like(self.tape.graph_module, (), self.tape.named_inputs, plain.run_on)
+        except Exception as failure:
+            return f"the recorded run cannot be repeated ({' '.join(str(failure).split())[:200]})"
+        outputs = tensors_of(run_like(self.original, self.args, self.kwargs))
+        if not relative_error(outputs, list(repeated)) <= tolerance_of(outputs, self.original):
+            return "the recorded run gives other outputs when repeated"
+        return ""
+
+
+@contextmanager
+def observed_blocks(converted: nn.Module, observe: Callable[[str, Streams], None]) -> Iterator[None]:
+    """Call ``observe`` with the streams after each residual, by its name, while the blocks of ``converted`` run."""
+    swapped: list[tuple[Variant, Any]] = []
+    for module in converted.modules():
+        runner = module.__dict__.get(RUNNER)
+        if runner is None:
+            continue
+        names = _Names(runner)
+        for key, variants in runner.variants.items():
+            for variant in variants:
+                if not any(variant is other for other, _ in swapped):
+                    swapped.append((variant, variant.forward))
+                    variant.forward = _observed(variant, names, key[0], observe)
+    try:
+        yield
+    finally:
+        for variant, forward in swapped:
+            variant.forward = forward
+
+
+def _observed(variant: Variant, names: _Names, number: int, observe: Callable[[str, Streams], None]) -> Any:
+    signature = inspect.signature(variant.whole)
+
+    def forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = dict(signature.bind(block, *args, **kwargs).arguments)
+        given.pop(next(iter(signature.parameters)))
+        interpreter = _BlockRecorder(block, graph=variant.graph)
+        interpreter.tell = lambda name, streams: observe(names.of(number, name), streams)
+        return interpreter.run_on(**given)
+
+    return forward
+
+
+class _BlockRecorder(NamedInputs):
+    tell: Callable[[str, Streams], None]
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if "hc_residual" in n.meta:  # at once: what comes next may overwrite the streams
+            self.tell(n.meta["hc_residual"], value)
+        return value
+
+
+class _Names:
+    """The names that a block's residuals have in the whole model, call by call."""
+
+    def __init__(self, runner: BlockRunner) -> None:
+        self.plan: BlockPlan = runner.plan
+        self.calls = runner.calls
+        self.seen: Counter[str] = Counter()
+
+    def of(self, number: int, local: str) -> str:
+        """Return the name of the residual ``local`` of the graph of call ``number``."""
+        if not self.plan.shared:
+            return next((n for n in self.calls[number].residuals if relative(n, self.plan.path) == local), local)
+        first = [relative(name, self.plan.path) for name in self.plan.calls[0].residuals]
+        call = min(self.seen[local], len(self.plan.calls) - 1)
+        self.seen[local] += 1
+        return self.plan.calls[call].residuals[first.index(local)] if local in first else local
