@@ -222,7 +222,8 @@ class ValueProxy(fx.Proxy):
                 "the code needs a number that depends on the input; give example inputs with args="
             )
         self._note_values()
-        if isinstance(self.hc_value, torch.Tensor) and not self.tracer.probing:
+        fits_no_other = isinstance(self.hc_value, (float, complex)) and "hc_on_values" in self.node.meta
+        if (isinstance(self.hc_value, torch.Tensor) or fits_no_other) and not self.tracer.probing:
             raise fx.proxy.TraceError("its code needs the values of a tensor as Python numbers")
         self._decided(guards.check_equal, self.hc_value)
         return convert(self.hc_value)
