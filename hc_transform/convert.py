@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from .additions import CONNECTIONS_NAME, connection_dict, key_of, make_connections
+from .compare import compare
 from .connections import ConnectionLike
 from .convert_blocks import analyse_blocks, convert_blocks, move_into
 from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .examples import example_inputs
+from .find import find_residuals
 from .findings import Reason
 from .hints import Hints
 from .module import HyperConnectedModule
@@ -21,18 +26,23 @@ from .options import Options
 from .pipeline import Analysis, analyse
 from .planner import Plan
 from .report import report_of
-from .structure import clone_structure
-from .trace import bind_inputs
+from .structure import clone_structure, in_other_mode
+from .tape import record
+from .threads import one_at_a_time
+from .trace import bind_inputs, describe
 from .variants import decides_on_training
-from .verify import run_like
+from .verify import not_equivalent, run_like, tolerance_of
 from .verify import verify as verify_graph
 from .verify_blocks import verify_blocks
+
+log = logging.getLogger("hc_transform")
 
 OPTIMIZER_NOTE = "An optimizer made before the conversion does not know the new parameters: make it anew."
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 SCOPES = ("graph", "blocks", "auto")
 
 
+@one_at_a_time
 def convert(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -132,37 +142,114 @@ def convert(
         shortcuts=shortcuts,
         min_residuals=min_residuals,
     )
-    example, expected = _prepare(model, args, kwargs, scope)
-    hints = _hints(wrap_functions, leaf_modules, inline_modules)
-    if scope == "blocks" or inplace:
-        if scope == "graph":
-            raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
-        return _convert_blocks(model, example, expected, options, hints, share_calls, inplace, verify, "")
+    if inplace and scope == "graph":
+        raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
+    with torch.inference_mode(False):  # new parameters are to be ordinary ones
+        example, expected = _prepare(model, args, kwargs, scope)
+        hints = _hints(wrap_functions, leaf_modules, inline_modules)
+        full = full_mode(model, example)
+        wanted = _Wanted(options, hints, "blocks" if inplace else scope, share_calls, inplace, verify)
+        if full is None:
+            return _convert(model, example, expected, wanted)
+        return _convert_in_full(model, full, example, expected, wanted)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """What :func:`convert` was asked for."""
+
+    options: Options
+    hints: Hints
+    scope: str
+    share_calls: bool
+    inplace: bool
+    verify: bool
+
+
+def _convert(model: nn.Module, example: Example | None, expected: Any, wanted: _Wanted) -> nn.Module:
+    """Return the model as one graph, or with graphs in its blocks, as the scope says."""
+    if wanted.scope == "blocks":
+        return _convert_blocks(model, example, expected, wanted, "")
     try:
-        return _convert_graph(model, example, expected, options, hints, verify)
+        graph = _convert_graph(model, example, expected, wanted)
     except (TraceError, UnsupportedModel) as error:
-        if scope == "graph" or example is None or isinstance(error.__cause__, ValueError):
+        if wanted.scope == "graph" or example is None or isinstance(error.__cause__, ValueError):
             raise
         try:
-            return _convert_blocks(model, example, expected, options, hints, share_calls, inplace, verify, str(error))
+            return _convert_blocks(model, example, expected, wanted, f"the whole model is no one graph: {error}")
         except HCTransformError:
             raise error from None
+    if wanted.scope == "auto" and example is not None and graph.decides_on_values:
+        why = "its code decides on values of tensors or on random numbers, which each block does by itself"
+        with contextlib.suppress(HCTransformError):
+            blocks = _convert_blocks(model, example, expected, wanted, why)
+            if len(blocks.hc_report.converted) >= len(graph.hc_report.converted):  # type: ignore[union-attr]
+                return blocks
+    return graph
 
 
-def _convert_graph(
-    model: nn.Module, example: Example | None, expected: Any, options: Options, hints: Hints, check: bool
-) -> HyperConnectedModule:
+def _convert_in_full(
+    model: nn.Module, full: nn.Module, example: Example | None, expected: Any, wanted: _Wanted
+) -> nn.Module:
+    """Convert a model in training mode that leaves residuals out at random: with all that it has in eval mode."""
+    modes = {path: module.training for path, module in model.named_modules()}
+    assert example is not None
+    converted: Any = _convert(full, example, None, replace(wanted, inplace=False))
+    _set_modes(converted, modes)
+    note = f"{type(model).__name__} leaves residuals out in training mode: those of eval mode were converted."
+    if isinstance(converted, HyperConnectedModule):
+        note += _trace_mode(converted, *example)
+    if wanted.verify:
+        found = compare(run_like(converted, *example), expected, dtypes=wanted.options.readout != "sum")
+        bound = tolerance_of(expected, model)
+        if not found.error <= bound and wanted.options.readout != "sum":
+            raise not_equivalent(model, found, bound, "the modes differ")
+        note += f" Largest relative error in the given mode: {found.error:.1e}."
+    report = replace(converted.hc_report, notes=(*converted.hc_report.notes, note))
+    if wanted.inplace:
+        move_into(model, converted)
+        converted = model
+    converted.__dict__["hc_report"] = report
+    return converted
+
+
+def full_mode(model: nn.Module, example: Example | None) -> nn.Module | None:
+    """Return a copy of ``model`` in eval mode if it has more residuals there, as layers that are dropped at random."""
+    if example is None or not any(module.training for module in model.modules()):
+        return None
+    tape = record(model, *example)
+    if not tape.decides:
+        return None
+    copy = clone_structure(model).eval()
+    try:
+        residuals = [len(find_residuals(t.graph_module).residuals) for t in (tape, record(copy, *example))]
+    except Exception as error:
+        log.info("%s cannot be run in eval mode: %s", type(model).__name__, describe(error))
+        return None
+    return copy if residuals[1] > residuals[0] else None
+
+
+def _set_modes(converted: nn.Module, modes: Mapping[str, bool]) -> None:
+    """Give the modules of a converted model the modes that they had, and new ones that of the module they are in."""
+    for path, module in converted.named_modules():
+        while path not in modes:
+            path = path.rpartition(".")[0]
+        module.training = modes[path]
+
+
+def _convert_graph(model: nn.Module, example: Example | None, expected: Any, wanted: _Wanted) -> HyperConnectedModule:
     """Return the model as one graph."""
-    analysis = _analyse(model, example, options, hints)
+    analysis = _analyse(model, example, wanted.options, wanted.hints)
     connections = make_connections(analysis.plan)
     modules = connection_dict(connections, analysis.plan)
-    converted = HyperConnectedModule(clone_structure(model), analysis, modules, hints)
+    converted = HyperConnectedModule(clone_structure(model), analysis, modules, wanted.hints)
     notes, error = [OPTIMIZER_NOTE], None
     if example is not None and decides_on_training(analysis.trace.graph_module.graph):
-        _trace_other_mode(converted, *example)
+        with in_other_mode(converted):  # now, for compiled code cannot
+            notes += filter(None, [_trace_mode(converted, *example).strip()])
     if example is None:
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
-    elif check:
+    elif wanted.verify:
         found = verify_graph(model, converted, analysis.plan, *example, expected=expected)
         error = found.error
         notes.insert(0, found.note)
@@ -173,34 +260,26 @@ def _convert_graph(
     return converted
 
 
-def _convert_blocks(
-    model: nn.Module,
-    example: Example | None,
-    expected: Any,
-    options: Options,
-    hints: Hints,
-    share_calls: bool,
-    inplace: bool,
-    check: bool,
-    why: str,
-) -> nn.Module:
+def _convert_blocks(model: nn.Module, example: Example | None, expected: Any, wanted: _Wanted, why: str) -> nn.Module:
     """Return the model with graphs in its blocks."""
     if example is None:
         raise TraceError(
             f"scope='blocks' runs {type(model).__name__} once to find its residuals: give example inputs with args= "
             "and kwargs="
         )
-    converted, planned, tape, modules = convert_blocks(model, *example, options, hints, share_calls=share_calls)
+    converted, planned, tape, modules = convert_blocks(
+        model, *example, wanted.options, wanted.hints, share_calls=wanted.share_calls
+    )
     plan = planned.plan
     plain = any(s.reason is Reason.PLAIN for s in plan.skipped)
     if not plan.residuals and not plain:
         raise NothingToConvert(_nothing(model, plan))
     notes, error = [], None
-    if check:
+    if wanted.verify:
         found = verify_blocks(model, converted, planned, tape, modules, *example, expected=expected)
         error = found.error
         notes.append(found.note)
-    reason = f"because the whole model is no one graph: {why.rstrip('.')}" if why else "as asked"
+    reason = f"because {why.rstrip('.')}" if why else "as asked"
     notes.append(f"Scope blocks, {reason}. {len(planned.blocks)} modules run graphs; the rest is Python as before.")
     notes += [f"Streams are read out and begin anew {cut}." for cut in planned.cuts]
     notes += [*planned.notes, OPTIMIZER_NOTE]
@@ -208,13 +287,14 @@ def _convert_blocks(
     counted = {id(p): p.numel() for m in modules.values() for p in m.parameters()}
     ours = {id(p): p.numel() for m in connections.values() for p in m.parameters()}
     report = report_of(plan, connections, error, tuple(notes), sum(counted.values()) - sum(ours.values()))
-    if inplace:
+    if wanted.inplace:
         move_into(model, converted)
         converted = model
     converted.__dict__["hc_report"] = report
     return converted
 
 
+@one_at_a_time
 def plan(
     model: nn.Module,
     args: Sequence[Any] = (),
@@ -352,15 +432,18 @@ def _wrapper(model: nn.Module) -> str | None:
     return None
 
 
-def _trace_other_mode(converted: HyperConnectedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Trace the mode that the model is not in too, so that switching works in compiled code."""
-    modes = [(module, module.training) for module in converted.modules()]
-    converted.train(not converted.training)
+def _trace_mode(converted: HyperConnectedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Trace the mode that the model is in; return what is to be said where that is not the same code."""
+    mode = "training" if converted.training else "eval"
     try:
-        converted.trace_variant(args, kwargs)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+        variant = converted.trace_variant(args, kwargs)
+    except HCTransformError as error:
+        return f" In {mode} mode calls are refused: {error}"
+    if variant.left_out and not variant.needs.values:
+        return (
+            f" In {mode} mode its code does without {', '.join(variant.left_out)}, whose connections do nothing then."
+        )
+    return ""
 
 
 def _list(patterns: Sequence[str]) -> Sequence[str]:

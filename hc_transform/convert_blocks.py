@@ -22,7 +22,7 @@ from .hints import Hints
 from .hooks import read_outputs
 from .options import Options
 from .planner import Plan, make_plan
-from .structure import clone_structure
+from .structure import clone_structure, in_other_mode
 from .tape import Tape, record
 from .trace import describe
 from .verify import run_like
@@ -90,7 +90,8 @@ def convert_blocks(
         converted = clone_structure(model)
         try:
             modules = _install(converted, planned, connections, hints)
-            _run_once(converted, args, kwargs)
+            _traced_run(converted, args, kwargs)
+            note = _run_in_other_mode(model, converted, args, kwargs)
         except CannotConvert as failure:
             refused[failure.path] = failure.reason
             continue
@@ -99,7 +100,7 @@ def convert_blocks(
                 raise HCTransformError(f"the converted {type(model).__name__} fails: {failure}") from failure
             apart = str(failure)
             continue
-        return converted, planned, tape, modules
+        return converted, replace(planned, notes=(*planned.notes, *note)), tape, modules
     raise HCTransformError(
         f"more than {ATTEMPTS} modules of {type(model).__name__} cannot be traced, among them "
         f"{', '.join(list(refused)[:3])}: {next(iter(refused.values()))}"
@@ -175,17 +176,33 @@ def _owners(planned: BlocksPlan) -> list[str]:
     return [path for path in owners if not any(path == b or path.startswith(b + ".") for b in blocks if b or not path)]
 
 
-def _run_once(converted: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run the model, so that its blocks are traced; in the other mode too where code decides on that."""
-    _traced_run(converted, args, kwargs)
-    if any(reads_training(module) for module in converted.modules() if RUNNER in module.__dict__):
-        modes = [(module, module.training) for module in converted.modules()]
-        converted.train(not converted.training)
-        try:
+def _run_in_other_mode(
+    model: nn.Module, converted: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """Run the blocks in the other mode too, where code decides on that, for compiled code cannot trace them then.
+
+    Returns:
+        What is to be said of a mode in which a block cannot be traced.
+
+    Raises:
+        CannotHandOn: the code between blocks fails on streams in that mode, as it does not on plain values.
+    """
+    if not any(reads_training(module) for module in converted.modules() if RUNNER in module.__dict__):
+        return []
+    try:
+        with in_other_mode(converted):
             _traced_run(converted, args, kwargs)
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    except CannotConvert as failure:
+        mode = "eval" if converted.training else "training"
+        return [f"In {mode} mode calls of {failure.path or 'the model'} are refused: {failure.reason}"]
+    except CannotHandOn:
+        try:
+            with in_other_mode(copy := clone_structure(model)):
+                run_like(copy, args, kwargs)
+        except Exception:
+            return []  # the model itself does not run on these inputs then
+        raise
+    return []
 
 
 def _traced_run(converted: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -134,6 +134,11 @@ class HyperConnectedModule(fx.GraphModule):
         """The module that holds the attributes that traced code reads."""
         return self.__dict__["_original"]
 
+    @property
+    def decides_on_values(self) -> bool:
+        """Whether its code decides on values of tensors or on random numbers, so that it takes many graphs."""
+        return any(variant.needs.values for variant in self._all_variants())
+
     def _all_variants(self) -> list[Variant]:
         return [self._main, *self._variants]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -40,6 +41,18 @@ def clone_structure(model: nn.Module) -> nn.Module:
                 if isinstance(leaf, torch.Tensor):
                     memo[id(leaf)] = leaf
     return copy.deepcopy(model, memo)
+
+
+@contextlib.contextmanager
+def in_other_mode(model: nn.Module) -> Iterator[None]:
+    """Have ``model`` in training mode where it is in eval mode, or the reverse; put every module's mode back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.train(not model.training)
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def keep_plain_tensors(module: nn.Module, like: nn.Module) -> None:

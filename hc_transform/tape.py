@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -23,11 +24,13 @@ from torch.utils import _pytree as pytree
 
 from .candidates import INLINED_FROM_TORCH, may_add
 from .compare import tensors_of
+from .draws import host_states
 from .frames import user_frame, user_lines
 from .kinds import Kind, Kinds
 from .proxy import AppliedFunction, set_item
 from .state import seed_generators, state_restored
 from .structure import copy_inputs, keep_plain_tensors
+from .threads import replaced
 from .tracer import SHAPE_ATTRIBUTES
 
 CONSTANT = "_tape_constant"
@@ -59,6 +62,12 @@ class Tape:
     graph_module: fx.GraphModule
     inputs: tuple[torch.Tensor, ...]
     reads_values: bool = False
+    draws: bool = False
+
+    @property
+    def decides(self) -> bool:
+        """Whether another run may take another way."""
+        return self.reads_values or self.draws
 
     @property
     def named_inputs(self) -> dict[str, torch.Tensor]:
@@ -77,9 +86,11 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         for tensor in inputs:
             recorder.input(tensor)
         kept = tuple(tensor.clone() for tensor in inputs)  # a model may write into its inputs
+        host = host_states()
         with recorder:
             output = model(*args, **kwargs)
-    return Tape(recorder.finish(output), kept, recorder.reads_values)
+        draws = host_states() != host
+    return Tape(recorder.finish(output), kept, recorder.reads_values, draws)
 
 
 class _Recorder(TorchFunctionMode):
@@ -282,13 +293,15 @@ class _Recorder(TorchFunctionMode):
         """Let calls of modules and of custom autograd functions pass through the recorder."""
         plain_call = nn.Module.__call__
         plain_apply = torch.autograd.Function.__dict__["apply"]
-        recorder = self
+        recorder, thread = self, threading.get_ident()
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return plain_call(module, *args, **kwargs)
             return recorder.call_module(module, plain_call, args, kwargs)
 
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            if recorder.inside_leaf:
+            if recorder.inside_leaf or threading.get_ident() != thread:
                 return plain_apply.__get__(None, cls)(*args, **kwargs)
             recorder.inside_leaf += 1
             try:
@@ -298,13 +311,8 @@ class _Recorder(TorchFunctionMode):
             recorder._results(recorder._node("call_function", AppliedFunction(cls), args, kwargs), value)
             return value
 
-        nn.Module.__call__ = call  # type: ignore[method-assign]
-        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign,assignment]
-        try:
+        with replaced((nn.Module, "__call__", call), (torch.autograd.Function, "apply", classmethod(apply))):
             yield
-        finally:
-            nn.Module.__call__ = plain_call  # type: ignore[method-assign]
-            torch.autograd.Function.apply = plain_apply  # type: ignore[method-assign]
 
 
 class _TapeModule(fx.GraphModule):
