@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .proxy import CannotInline
 from .python_state import is_plain
-from .state import is_state
+from .state import is_generator, is_state
 from .watch import Watch, differing_state, is_mutable
 
 
@@ -51,20 +51,22 @@ def record_assignments(
         proxy = isinstance(value, fx.Proxy)
         if value is old or proxy and value.hc_value is old:
             continue  # or changed in place
-        if not proxy and any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(value)):
-            raise CannotInline(writer, f"its code collects tensors in its attribute {name!r}, which a graph would not")
-        if not proxy and not isinstance(value, (torch.Tensor, nn.Module)) and not differing_state(old, value):
-            continue
+        leaves = [value] if proxy else pytree.tree_leaves(value, is_leaf=lambda v: isinstance(v, fx.Proxy))
+        collects = not proxy and any(isinstance(leaf, fx.Proxy) for leaf in leaves)
+        if not proxy and not collects and not isinstance(value, (torch.Tensor, nn.Module)):
+            if not differing_state(old, value):
+                continue
         if (path, name) in watch.reads or kind == "__dict__" and target in read:
             raise CannotInline(writer, f"its code keeps a state in its attribute {name!r}, which a graph would not")
-        if kind not in ("_buffers", "__dict__") or not (proxy or is_plain(value)):
+        if kind not in ("_buffers", "__dict__") or not all(isinstance(v, fx.Proxy) or is_plain(v) for v in leaves):
             raise CannotInline(writer, f"its code sets its attribute {name!r} to what a graph would not")
         if any(path == leaf or path.startswith(f"{leaf}.") for leaf in called):
             raise CannotInline(writer, f"its code sets {target!r}, which a module that stays whole may read")
         with graph.inserting_before(graph.output_node()):
             attributes = graph.create_node("get_attr", f"{path}.{kind}" if path else kind, (), {})
-            graph.call_function(assign, (attributes, name, value.node if proxy else value))
-    for path in sorted(inlined):
+            stored = fx.node.map_aggregate(value, lambda v: v.node if isinstance(v, fx.Proxy) else v)
+            graph.call_function(assign, (attributes, name, stored))
+    for path in sorted(inlined):  # what was changed without being set
         name = _changed_inside(work.get_submodule(path), model.get_submodule(path))
         if name is not None:
             raise CannotInline(path, f"its code changes what its attribute {name!r} holds, which a graph would not")
@@ -81,7 +83,7 @@ def _stored(module: nn.Module, name: str) -> tuple[str, Any]:
 def _changed_inside(work: nn.Module, before: nn.Module) -> str | None:
     """Return the attribute whose contents, a list's or an object's, are not those of ``before``."""
     for name, value in work.__dict__.items():
-        if is_state(name) and name in before.__dict__ and is_mutable(value):
+        if is_state(name) and name in before.__dict__ and is_mutable(value) and not is_generator(value):
             if value is not before.__dict__[name] and differing_state(before.__dict__[name], value):
                 return name
     return None

@@ -22,7 +22,7 @@ from .pipeline import Analysis, analyse_again, log_left_out
 from .regions import in_regions
 from .report import Report
 from .rewrite import rewritten_graph
-from .state import state_restored
+from .state import is_state, state_restored
 from .structure import keep_plain_tensors
 from .threads import one_at_a_time
 from .trace import bind_inputs
@@ -86,6 +86,27 @@ class HyperConnectedModule(fx.GraphModule):
         self._variants: list[Variant] = []
         self._main.state = self._state = analysis.trace.state
         self.graph.lint()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            original = self.__dict__.get("_original")
+            if original is not None and name in original.__dict__:
+                return original.__dict__[name]
+            if original is None or not hasattr(type(original), name):
+                raise
+            raise AttributeError(
+                f"{name!r} is of the class {type(original).__name__}, and this is its forward as one graph "
+                f"(scope='graph'), which has none of its methods: convert with scope='blocks' to keep them"
+            ) from error
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        original = self.__dict__.get("_original")
+        if original is not None and is_state(name) and name in original.__dict__ and name not in self.__dict__:
+            setattr(original, name, value)  # where traced code reads it
+        else:
+            super().__setattr__(name, value)
 
     def recompile(self) -> Any:
         """Compile the graph's code; ``forward`` runs it and minds its decisions."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import pickle
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ class Read:
     Attributes:
         home: path of the module that holds it, or ``module:`` and the name of a Python module for a global.
         steps: how to come from there to the value.
-        expected: the value, :func:`frozen` of a container, or :class:`Same`.
+        expected: the value or function, :func:`frozen` of a container, or :class:`Same`.
     """
 
     home: str
@@ -217,6 +218,10 @@ def _structure(inlined: Iterable[str], observed: frozenset[str], root: nn.Module
 
 
 def _picklable(read: Read) -> bool:
+    try:
+        pickle.dumps(read)
+    except Exception:  # a function that has no name, or an object of the user's that does not pickle
+        return False
     return not read.home.startswith("module:__main__")
 
 

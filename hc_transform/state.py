@@ -16,7 +16,7 @@ from torch import fx, nn
 Undo = Callable[[], None]
 
 # What every module has; none of it is the user's own state.
-REGISTRIES = frozenset({*nn.Module().__dict__, *vars(nn.Module)}) - {"training"}
+REGISTRIES = frozenset({*nn.Module().__dict__, *(n for n in vars(nn.Module) if n.startswith("_"))}) - {"training"}
 CONTAINERS = (list, dict, set, collections.deque, bytearray)
 OPAQUE = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 MOST = 50_000  # Python values that are looked at; what is behind them is left alone

@@ -32,6 +32,7 @@ from .state import seed_generators, state_restored
 from .structure import copy_inputs, keep_plain_tensors
 from .threads import replaced
 from .tracer import SHAPE_ATTRIBUTES
+from .watch import shared_state_restored
 
 CONSTANT = "_tape_constant"
 VALUE_READS = frozenset(
@@ -80,7 +81,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Run ``model`` once and return the tape. State and random numbers are put back afterwards."""
     args, kwargs = copy_inputs(tuple(args)), copy_inputs(dict(kwargs))
     recorder = _Recorder(model)
-    with state_restored(model), torch.no_grad(), recorder.patched():
+    with state_restored(model), shared_state_restored(model), torch.no_grad(), recorder.patched():
         seed_generators()
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         for tensor in inputs:

@@ -131,7 +131,7 @@ def trace(
                     restore()
             break
         except CannotInline as failure:
-            if not failure.path:
+            if not failure.path or failure.path not in inlined:
                 raise _root_error(model, failure, inputs is not None) from failure
             failed = type(model.get_submodule(failure.path))
             reason = describe(failure.cause)

@@ -14,7 +14,6 @@ import inspect
 import linecache
 import math
 import operator
-import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -113,7 +112,7 @@ class ValueTracer(fx.Tracer):
         except Exception as error:
             raise CannotInline("", error) from error
         finally:
-            changed += self.watch.put_back()
+            changed += self.watch.shared.put_back()
         if changed and not self.probing:
             raise CannotInline(*changed[0])
         return graph
@@ -123,12 +122,8 @@ class ValueTracer(fx.Tracer):
         args, kwargs = place_inputs(self, inspect.signature(forward), self.inputs)
 
         def call() -> Any:
-            before = sys.getprofile()
-            sys.setprofile(self.watch.profile)
-            try:
+            with self.watch.shared.profiled():
                 return forward(*args, **kwargs)
-            finally:
-                sys.setprofile(before)
 
         return call, []
 
@@ -173,7 +168,8 @@ class ValueTracer(fx.Tracer):
                 self._record(guards.check_equal, node, None)
             return None
         proxy = self._proxy_of(node, value)
-        if not isinstance(value, torch.Tensor) and (reads_values(node) or isinstance(target, Draw)):
+        drawn = isinstance(target, Draw) or kind == "call_method" and is_generator(getattr(args[0], "hc_value", None))
+        if not isinstance(value, torch.Tensor) and (drawn or reads_values(node)):
             node.meta["hc_on_values"] = True
         if isinstance(value, torch.Tensor) and is_entry_of_input(node):
             name = (

@@ -21,6 +21,7 @@ from .state import seed_generators, state_restored
 from .structure import copy_inputs
 from .trace import bind_inputs
 from .trunks import nest
+from .watch import shared_state_restored
 
 __all__ = ["Verification", "first_difference", "relative_error", "run_like", "tolerance_of", "verify"]
 
@@ -72,7 +73,7 @@ def run_like(model: nn.Module, args: Any, kwargs: Any, forward: Callable[..., An
 
     The state of the model and of the generators (torch's, Python's, numpy's) is put back after.
     """
-    with state_restored(model), torch.no_grad():
+    with state_restored(model), shared_state_restored(model), torch.no_grad():
         seed_generators()
         return (forward or model)(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
 

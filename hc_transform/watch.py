@@ -6,6 +6,7 @@ attribute or collecting in a list, keeps the module that does it whole.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -41,15 +42,8 @@ class Watch:
         self.paths = {id(module): path for path, module in root.named_modules()}
         self.reads: dict[Key, Any] = {}
         self.writes: dict[Key, str] = {}  # with the module whose code wrote first
-        self.names: set[str] = set()  # that the code that ran mentions
-        self._codes: dict[int, types.CodeType] = {}
-        self._shared: dict[tuple[int, str], _Shared] = {}
-        for path, module in root.named_modules():
-            for cls in type(module).__mro__:
-                if not _is_library(cls.__module__) and (id(cls), "") not in self._shared:
-                    self._shared[id(cls), ""] = _Shared(cls, "__dict__", f"a class attribute of {cls.__name__}", path)
-                    for name in [n for n, value in vars(cls).items() if _is_data(n, value)]:
-                        self._shared[id(cls), name] = _Shared(cls, name, f"{cls.__name__}.{name}", path)
+        self.shared = SharedState(root, is_on, where)
+        self.names = self.shared.names
 
     def read(self, module: nn.Module, name: str, value: Any) -> None:
         """Note that traced code read an attribute of a module."""
@@ -69,29 +63,6 @@ class Watch:
         if path is not None and name != "training" and is_state(name):
             self.writes.setdefault((path, name), self.where())
 
-    def profile(self, frame: Any, event: str, argument: Any) -> None:
-        """Note which code runs, and what globals it may read: a profile function for ``sys.setprofile``."""
-        if event != "call" or id(frame.f_code) in self._codes or not self.is_on():
-            return
-        code = frame.f_code
-        self._codes[id(code)] = code
-        if code.co_filename.startswith(INTERNAL_FILES) or _is_library(str(frame.f_globals.get("__name__"))):
-            return
-        self.names.update(code.co_names)
-        space, where = frame.f_globals, self.where()
-        for name in code.co_names:
-            if name in space and (id(space), name) not in self._shared and not name.startswith("__"):
-                self._shared[id(space), name] = _Shared(space, name, name, where)
-
-    # -- what is left behind
-
-    def put_back(self) -> list[tuple[str, str]]:
-        """Put back what traced code changed of globals and classes; return which module did, and that as a reason."""
-        changed = [was for was in self._shared.values() if was.changed()]
-        for was in changed:
-            was.put_back()
-        return [(was.where, f"its code changes {was.title!r}, which a graph would not") for was in changed]
-
     # -- what was read
 
     def guards(self) -> tuple[Read, ...]:
@@ -100,9 +71,9 @@ class Watch:
         for (path, name), value in self.reads.items():
             for read in self._guards_of(path, (("attribute", name),), value, 0):
                 found.setdefault((read.home, read.steps), read)
-        for shared in self._shared.values():
+        for shared in self.shared.seen.values():
             space, name, before = shared.owner, shared.name, shared.value
-            if isinstance(space, type):
+            if isinstance(space, type) or shared.where is None:
                 continue  # read from an instance
             home = str(space.get("__name__", ""))
             if getattr(sys.modules.get(home), "__dict__", None) is not space or _is_library(home):
@@ -138,9 +109,9 @@ class Watch:
         if expected is not None:
             yield Read(home, steps, expected)
             return
-        yield Read(home, steps, Same)
+        yield Read(home, steps, value if isinstance(value, FUNCTIONS) else Same)
         fields = getattr(value, "__dict__", None)
-        if isinstance(fields, dict) and not isinstance(value, FUNCTIONS) and not _is_library(type(value).__module__):
+        if isinstance(fields, dict) and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
             yield from self._named_in(home, steps, fields, "attribute", depth)
             of_class = {n: getattr(value, n) for n in self.names if _is_setting(type(value), n) and n not in fields}
             yield from self._named_in(home, steps, of_class, "attribute", depth)
@@ -152,10 +123,83 @@ class Watch:
                     yield from self._guards_of(home, (*steps, (how, name)), fields[name], depth + 1)
 
 
+class SharedState:
+    """Globals and attributes of classes that code which runs mentions, as they were when it first did.
+
+    Args:
+        root: the module that is run.
+        is_on: whether what runs now counts.
+        where: the path of the module whose code is running.
+    """
+
+    def __init__(self, root: nn.Module, is_on: Callable[[], bool], where: Callable[[], str]) -> None:
+        self.is_on = is_on
+        self.where = where
+        self.names: set[str] = set()  # that the code mentions
+        self.seen: dict[tuple[int, str], _Shared] = {}
+        self._codes: dict[tuple[int, bool], types.CodeType] = {}
+        for path, module in root.named_modules():
+            for cls in type(module).__mro__:
+                if not _is_library(cls.__module__) and (id(cls), "") not in self.seen:
+                    self.seen[id(cls), ""] = _Shared(cls, "__dict__", f"a class attribute of {cls.__name__}", path)
+                    for name in [n for n, value in vars(cls).items() if _is_data(n, value)]:
+                        self.seen[id(cls), name] = _Shared(cls, name, f"{cls.__name__}.{name}", path)
+
+    @contextlib.contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Watch the code that this thread runs."""
+        before = sys.getprofile()
+        sys.setprofile(self._profile)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
+    def _profile(self, frame: Any, event: str, argument: Any) -> None:
+        code, counts = frame.f_code, self.is_on()
+        if event != "call" or (id(code), counts) in self._codes:
+            return
+        self._codes[id(code), counts] = code
+        if code.co_filename.startswith(INTERNAL_FILES) or _is_library(str(frame.f_globals.get("__name__"))):
+            return
+        space, where = frame.f_globals, self.where() if counts else None
+        if counts:
+            self.names.update(code.co_names)
+        for name in code.co_names:
+            if name in space and not name.startswith("__"):
+                shared = self.seen.get((id(space), name))
+                if shared is None:
+                    self.seen[id(space), name] = _Shared(space, name, name, where)
+                elif shared.where is None:
+                    shared.where = where
+
+    def put_back(self) -> list[tuple[str, str]]:
+        """Put back what code changed; return which module's code that counts did, and that as a reason."""
+        changed = [was for was in self.seen.values() if was.changed()]
+        for was in changed:
+            if isinstance(was.owner, type) and not self.names.intersection(was.put_back()):
+                was.where = None  # the code of a module that stays whole did
+            else:
+                was.put_back()
+        reason = "its code changes {!r}, which a graph would not"
+        return [(was.where, reason.format(was.title)) for was in changed if was.where is not None]
+
+
+@contextlib.contextmanager
+def shared_state_restored(model: nn.Module) -> Iterator[None]:
+    """Put back the globals and attributes of classes that a run of ``model`` changes."""
+    shared = SharedState(model, lambda: True, lambda: "")
+    try:
+        with shared.profiled():
+            yield
+    finally:
+        shared.put_back()
+
+
 class _Shared:
     """A global or an attribute of a class, as it was when code that may change it began to run."""
 
-    def __init__(self, owner: Any, name: str, title: str, where: str) -> None:
+    def __init__(self, owner: Any, name: str, title: str, where: str | None) -> None:
         self.owner, self.name, self.title, self.where = owner, name, title, where
         self.value = None if name == "__dict__" else self._now()
         self.names = set(vars(owner)) if name == "__dict__" else set()
@@ -177,18 +221,20 @@ class _Shared:
             return is_plain(now) or is_plain(self.value) or is_mutable(now) or is_mutable(self.value)
         return self.fingerprint is not None and _fingerprint(now, 0) != self.fingerprint
 
-    def put_back(self) -> None:
-        """Make it what it was."""
+    def put_back(self) -> set[str]:
+        """Make it what it was; return the names that stand for something else then."""
         if self.name == "__dict__":
-            for name in {n for n, v in vars(self.owner).items() if _is_data(n, v)} - self.names:
+            new = {n for n, v in vars(self.owner).items() if _is_data(n, v)} - self.names
+            for name in new:
                 delattr(self.owner, name)
-            return
+            return new
         for undo in self.contents.undo:
             undo()
         if isinstance(self.owner, dict):
             self.owner[self.name] = self.value
         else:
             setattr(self.owner, self.name, self.value)
+        return {self.name}
 
 
 def is_mutable(value: Any) -> bool:
@@ -197,7 +243,8 @@ def is_mutable(value: Any) -> bool:
         return True
     if isinstance(value, (*FUNCTIONS, types.ModuleType, types.MethodType, nn.Module, torch.Tensor)):
         return False
-    return type(getattr(value, "__dict__", None)) is dict and not _is_library(type(value).__module__)
+    home = type(value).__module__
+    return type(getattr(value, "__dict__", None)) is dict and (home in ("types", "argparse") or not _is_library(home))
 
 
 def _is_data(name: str, value: Any) -> bool:
@@ -240,6 +287,10 @@ def _is_property(cls: type, name: str) -> bool:
 def _is_setting(cls: type, name: str) -> bool:
     member = inspect.getattr_static(cls, name, None)
     return not name.startswith("__") and (isinstance(member, property) or member is not None and is_plain(member))
+
+
+def _is_torch(name: str) -> bool:
+    return name.partition(".")[0] in ("torch", "numpy", "builtins")
 
 
 def _is_library(name: str) -> bool:
