@@ -21,6 +21,7 @@ from .examples import example_inputs
 from .find import find_residuals
 from .findings import Reason
 from .hints import Hints
+from .kinds import name_of
 from .module import HyperConnectedModule
 from .options import Options
 from .pipeline import Analysis, analyse
@@ -39,6 +40,7 @@ log = logging.getLogger("hc_transform")
 
 OPTIMIZER_NOTE = "An optimizer made before the conversion does not know the new parameters: make it anew."
 Example = tuple[tuple[Any, ...], dict[str, Any]]
+LOTS = frozenset("rand rand_like randn randint randperm multinomial bernoulli bernoulli_ uniform_ random_".split())
 SCOPES = ("graph", "blocks", "auto")
 
 
@@ -218,7 +220,7 @@ def full_mode(model: nn.Module, example: Example | None) -> nn.Module | None:
     if example is None or not any(module.training for module in model.modules()):
         return None
     tape = record(model, *example)
-    if not tape.decides:
+    if not tape.decides and LOTS.isdisjoint(name_of(node) for node in tape.graph_module.graph.nodes):
         return None
     copy = clone_structure(model).eval()
     try:
