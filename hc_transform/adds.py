@@ -1,36 +1,13 @@
-"""Adds as nodes of a graph, and the names of the residuals they make."""
+"""Where residuals stand in the user's code, and what they are called."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 from torch import fx, nn
 
 from .findings import Residual
-from .kinds import is_tensor, name_of
-
-ADDS = frozenset({"add", "add_", "iadd", "radd"})
-
-
-def is_add(node: fx.Node) -> bool:
-    """Whether ``node`` adds two tensors, in any spelling."""
-    if node.op not in ("call_function", "call_method") or name_of(node) not in ADDS:
-        return False
-    if node.op == "call_function" and getattr(node.target, "__module__", "") not in ("_operator", "torch", None):
-        return False
-    if not is_tensor(node):
-        return False
-    a, b, _ = operands(node)
-    return is_tensor(a) and is_tensor(b) and a is not b
-
-
-def operands(add: fx.Node) -> tuple[Any, Any, Any]:
-    """Return the two operands of an add, and the factor of the second one."""
-    args = [*add.args, *(add.kwargs[key] for key in ("input", "other") if key in add.kwargs)]
-    first, second = (*args, None, None)[:2]
-    return first, second, add.kwargs.get("alpha", 1)
 
 
 def module_of(node: fx.Node) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from .additions import CONNECTIONS_NAME
-from .blocks import BlockPlan, signature_of
+from .blocks import BlockPlan, relative, signature_of
 from .carrier import TrunkValue, is_trunk_value, read_out
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from .find import find_residuals
@@ -23,11 +23,12 @@ from .hints import Hints
 from .kinds import Kinds, is_tensor
 from .module import Variant, adopt_constants, decides_on_training
 from .options import Options
+from .passage import Flow, Passage
 from .planner import Plan, make_plan
 from .rewrite import rewritten_graph
 from .structure import clone_structure, state_restored
 from .trace import bind_inputs, trace
-from .trunks import Passage, Trunk
+from .trunks import Trunk, flow_of
 
 log = logging.getLogger("hc_transform")
 
@@ -174,6 +175,7 @@ class BlockRunner:
             raise TraceError(self._differs({name for name, _ in wanted} - {r.name for r in plan.residuals}, change))
         local = {name: own for (name, _), (own, _) in zip(call.residuals, wanted, strict=True)}
         leaves = frozenset(local[name] for name in call.leaves)
+        plan = with_block_keys(plan, self.plan.keys)
         plan = Plan(gm, linked(plan, leaves, call.step, self.plan, self.options), plan.skipped, self.options)
         graph = rewritten_graph(gm, plan)
         adopt_constants(block, graph, gm)
@@ -204,6 +206,14 @@ class BlockRunner:
         )
 
 
+def with_block_keys(plan: Plan, keys: Mapping[str, str]) -> Plan:
+    """Return the plan of one call with the keys that its residuals have among those of all calls."""
+    trunks = (
+        replace(t, residuals=tuple(replace(r, key=keys.get(r.name, r.key)) for r in t.residuals)) for t in plan.trunks
+    )
+    return replace(plan, trunks=tuple(trunks))
+
+
 def linked(plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, options: Options) -> tuple[Trunk, ...]:
     """Return a block's trunks with the inputs that they begin with, and the outputs that go on as streams.
 
@@ -219,24 +229,24 @@ def linked(plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, opti
     """
     kinds = Kinds(plan.graph_module)
     passage = Passage(kinds)
-    entries: dict[fx.Node, Any] = {n: n for n in plan.graph_module.graph.nodes if _is_entry(n)}
+    flow = Flow(passage, [n for n in plan.graph_module.graph.nodes if _is_entry(n)])
     output = plan.graph_module.graph.output_node()
     trunks = []
     for trunk in plan.trunks:
         carried = dict(trunk.carried)
         first, last = trunk.residuals[0], trunk.residuals[-1]
         entry: fx.Node | None = None
-        way = passage.way_back(first.skip, entries)
-        if way and not (options.stream_embedding and step == 0):
-            entry = way[-1]
-            carried.update(zip(way, way[1:], strict=False))
+        given = flow.trunk_value(first.skip)
+        if given is not None and not (options.stream_embedding and step == 0):
+            entry = given
+            carried.update(flow.way_to(first.skip))
         exits = []
         if last.name in leaves:
+            after = flow_of(trunk.residuals, passage)
             for value in output.all_input_nodes:
-                way = passage.way_back(value, {last.add: last}) if is_tensor(value) else []
-                if way:
+                if is_tensor(value) and after.trunk_value(value) is last.add:
                     exits.append(value)
-                    carried.update(zip(way, way[1:], strict=False))
+                    carried.update(after.way_to(value))
             if not exits:
                 raise TraceError(f"the trunk of {block.path}.{last.name} does not reach the output of {block.path}")
         passed = step + 1 if block.counted else 1
@@ -270,15 +280,6 @@ def original_of(block: nn.Module) -> nn.Module:
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False  # type: ignore[assignment]
     return copied
-
-
-def relative(name: str, block: str) -> str:
-    """Return a residual's name below its block."""
-    if block and name.startswith(block + "."):
-        return name[len(block) + 1 :]
-    if block and name.partition(":")[0] == block:
-        return "residual" + name[len(block) :]
-    return name
 
 
 def reads_training(block: nn.Module) -> bool:
