@@ -25,23 +25,38 @@ def location_of(node: fx.Node) -> str:
 
 def named(residuals: list[Residual], modules: dict[str, nn.Module]) -> list[Residual]:
     """Name residuals by module paths: the adding module, and the branch's where a module adds more than once."""
+    by_add = {r.add: r for r in residuals}
     per_module = Counter(r.module for r in residuals)
     taken: Counter[str] = Counter()
     named = []
     for residual in residuals:
         name = residual.module
         if not name or per_module[residual.module] > 1:
-            name = _branch_path(residual, modules) or name or residual.add.name
+            name = _branch_path(residual, by_add, modules) or name or residual.add.name
         taken[name] += 1
         named.append(replace(residual, name=name if taken[name] == 1 else f"{name}:{taken[name]}"))
     return named
 
 
-def _branch_path(residual: Residual, modules: dict[str, nn.Module]) -> str:
+def _own_part(residual: Residual, by_add: dict[fx.Node, Residual]) -> set[fx.Node]:
+    """Return the region without what another stream does on its way, which the branch only reads."""
+    found: set[fx.Node] = set()
+    waiting = [node for term in residual.branch for node in term.nodes]
+    while waiting:
+        node = waiting.pop()
+        other = by_add.get(node)
+        crosses = other is not None and other.skip is not residual.skip and other.skip not in residual.region
+        if node in residual.region and node not in found and not crosses:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _branch_path(residual: Residual, by_add: dict[fx.Node, Residual], modules: dict[str, nn.Module]) -> str:
     """Return the path of the branch's largest module, one level below the module that adds."""
     prefix = residual.module + "." if residual.module else ""
     best, size = "", -1
-    for node in residual.region:
+    for node in _own_part(residual, by_add) or residual.region:
         path = str(node.target) if node.op == "call_module" else module_of(node)
         if not path.startswith(prefix) or path == residual.module:
             continue

@@ -44,6 +44,8 @@ def may_add(module: nn.Module) -> bool:
     own = module.__dict__.get("forward")
     if own is not None and _adds(getattr(own, "__func__", own)):
         return True
+    if any(isinstance(value, FunctionType) and _adds(value) for value in module.__dict__.values()):
+        return True  # a function that the module was given to call
     cls: Any = type(module)
     return _class_adds(cls)
 

@@ -67,11 +67,11 @@ class ReferenceInterpreter(NamedInputs):
         for residual in plan.residuals:
             sources = (residual.skip, *residual.skip_ops)
             self.carried.update((op, (source,)) for op, source in zip(residual.skip_ops, sources, strict=False))
-        self.read_by: dict[fx.Node, Residual] = {}
+        self.read_by: dict[fx.Node, dict[fx.Node, Residual]] = {}  # by reader and skip
         for residual in plan.residuals:
             for reader in readers_of(residual):
                 if not is_shape_read(reader):
-                    self.read_by.setdefault(reader, residual)
+                    self.read_by.setdefault(reader, {}).setdefault(residual.skip, residual)
         self.streams: dict[fx.Node, Tensor] = {}  # [n, ...]
         self.coefficients: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {}
         self.written: dict[str, Tensor] = {}
@@ -88,14 +88,13 @@ class ReferenceInterpreter(NamedInputs):
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         """Return a node's arguments; where a branch begins, the read in place of the skip."""
-        if n not in self.read_by:
-            return super().fetch_args_kwargs_from_env(n)
-        residual = self.read_by[n]
-        plain, self.env[residual.skip] = self.env[residual.skip], self._read(residual)
+        plain = self.env
+        reads = {skip: self._read(residual) for skip, residual in self.read_by.get(n, {}).items()}
+        self.env = {**plain, **reads} if reads else plain
         try:
             return super().fetch_args_kwargs_from_env(n)
         finally:
-            self.env[residual.skip] = plain
+            self.env = plain
 
     def _streams_at(self, value: fx.Node) -> Tensor:
         if value not in self.streams:

@@ -88,7 +88,7 @@ def flattened(node: fx.Node) -> Sum | None:
     waiting = list(reversed(outer.terms))
     while waiting:
         term = waiting.pop()
-        inner = sum_of(term.value) if _may_open(term) else None
+        inner = sum_of(term.value) if term.value is not None and _may_open(term) else None
         if inner is None or term.value is None or any(isinstance(t.scale, fx.Node) for t in inner.terms):
             terms.append(term)
             continue
@@ -98,7 +98,7 @@ def flattened(node: fx.Node) -> Sum | None:
 
 
 def _may_open(term: Term) -> bool:
-    return term.value is not None and not isinstance(term.scale, fx.Node) and len(term.value.users) == 1
+    return not isinstance(term.scale, fx.Node) and len(term.factors[0].users) == 1
 
 
 def _sum(node: fx.Node) -> Sum | None:
