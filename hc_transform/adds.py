@@ -26,13 +26,14 @@ def location_of(node: fx.Node) -> str:
 def named(residuals: list[Residual], modules: dict[str, nn.Module]) -> list[Residual]:
     """Name residuals by module paths: the adding module, and the branch's where a module adds more than once."""
     by_add = {r.add: r for r in residuals}
+    sizes: dict[str, int] = {}
     per_module = Counter(r.module for r in residuals)
     taken: Counter[str] = Counter()
     named = []
     for residual in residuals:
         name = residual.module
         if not name or per_module[residual.module] > 1:
-            name = _branch_path(residual, by_add, modules) or name or residual.add.name
+            name = _branch_path(residual, by_add, modules, sizes) or name or residual.add.name
         taken[name] += 1
         named.append(replace(residual, name=name if taken[name] == 1 else f"{name}:{taken[name]}"))
     return named
@@ -52,12 +53,14 @@ def _own_part(residual: Residual, by_add: dict[fx.Node, Residual]) -> set[fx.Nod
     return found
 
 
-def _branch_path(residual: Residual, by_add: dict[fx.Node, Residual], modules: dict[str, nn.Module]) -> str:
+def _branch_path(
+    residual: Residual, by_add: dict[fx.Node, Residual], modules: dict[str, nn.Module], sizes: dict[str, int]
+) -> str:
     """Return the path of the branch's largest module, one level below the module that adds."""
     prefix = residual.module + "." if residual.module else ""
     best, size = "", -1
-    for node in _own_part(residual, by_add) or residual.region:
-        path = str(node.target) if node.op == "call_module" else module_of(node)
+    part = _own_part(residual, by_add) or residual.region
+    for path in {str(node.target) if node.op == "call_module" else module_of(node) for node in part}:
         if not path.startswith(prefix) or path == residual.module:
             continue
         atoms = path[len(prefix) :].split(".")
@@ -67,7 +70,9 @@ def _branch_path(residual: Residual, by_add: dict[fx.Node, Residual], modules: d
         ):
             depth += 1
         path = prefix + ".".join(atoms[:depth])
-        numel = sum(p.numel() for p in modules[path].parameters()) if path in modules else 0
+        if path not in sizes:
+            sizes[path] = sum(p.numel() for p in modules[path].parameters()) if path in modules else 0
+        numel = sizes[path]
         if (numel, path) > (size, best):
             best, size = path, numel
     return best

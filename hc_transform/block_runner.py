@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from .additions import CONNECTIONS_NAME
 from .blocks import BlockPlan, relative, signature_of
-from .carrier import TrunkValue, is_trunk_value, read_out
+from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from .find import find_residuals
 from .findings import Findings, Residual
@@ -176,7 +176,8 @@ class BlockRunner:
         local = {name: own for (name, _), (own, _) in zip(call.residuals, wanted, strict=True)}
         leaves = frozenset(local[name] for name in call.leaves)
         plan = with_block_keys(plan, self.plan.keys)
-        plan = Plan(gm, linked(plan, leaves, call.step, self.plan, self.options), plan.skipped, self.options)
+        streams = [name for name, value in bind_inputs(original, args, kwargs).items() if holds_streams(value)]
+        plan = Plan(gm, linked(plan, leaves, call.step, self.plan, self.options, streams), plan.skipped, self.options)
         graph = rewritten_graph(gm, plan)
         adopt_constants(block, graph, gm)
         log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
@@ -214,7 +215,9 @@ def with_block_keys(plan: Plan, keys: Mapping[str, str]) -> Plan:
     return replace(plan, trunks=tuple(trunks))
 
 
-def linked(plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, options: Options) -> tuple[Trunk, ...]:
+def linked(
+    plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, options: Options, streams: Collection[str] = ()
+) -> tuple[Trunk, ...]:
     """Return a block's trunks with the inputs that they begin with, and the outputs that go on as streams.
 
     Args:
@@ -223,13 +226,18 @@ def linked(plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, opti
         step: how many block calls of the chain come before this one.
         block: whose graph it is.
         options: of the whole model.
+        streams: names of the inputs that come as streams; where two inputs are added up, those go on.
 
     Raises:
         TraceError: a trunk that goes on in another block does not reach the block's output.
     """
     kinds = Kinds(plan.graph_module)
     passage = Passage(kinds)
-    flow = Flow(passage, [n for n in plan.graph_module.graph.nodes if _is_entry(n)])
+    flow = Flow(passage, [])
+    for node in plan.graph_module.graph.nodes:
+        given_as = _input_of(node)
+        if given_as is not None:
+            flow.lengths[node] = int(given_as.lstrip("*") in streams)
     output = plan.graph_module.graph.output_node()
     trunks = []
     for trunk in plan.trunks:
@@ -254,13 +262,13 @@ def linked(plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, opti
     return tuple(trunks)
 
 
-def _is_entry(node: fx.Node) -> bool:
-    """Whether a node is a tensor that the graph is given, by itself or in a tuple."""
+def _input_of(node: fx.Node) -> str | None:
+    """Return the input that a tensor is, by itself or in a tuple; None if it is computed."""
     if not is_tensor(node):
-        return False
+        return None
     while node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         node = node.args[0]  # type: ignore[assignment]
-    return node.op == "placeholder"
+    return str(node.target) if node.op == "placeholder" else None
 
 
 def original_of(block: nn.Module) -> nn.Module:
