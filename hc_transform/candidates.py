@@ -6,7 +6,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -44,7 +44,7 @@ def may_add(module: nn.Module) -> bool:
     own = module.__dict__.get("forward")
     if own is not None and _adds(getattr(own, "__func__", own)):
         return True
-    if any(isinstance(value, FunctionType) and _adds(value) for value in module.__dict__.values()):
+    if any(map(_is_an_add, module.__dict__.values())):
         return True  # a function that the module was given to call
     cls: Any = type(module)
     return _class_adds(cls)
@@ -70,6 +70,12 @@ def _function_of(member: Any) -> Any:
     if isinstance(member, (staticmethod, classmethod)):
         return member.__func__
     return member.fget if isinstance(member, property) else member
+
+
+def _is_an_add(value: Any) -> bool:
+    if isinstance(value, BuiltinFunctionType):
+        return value.__name__ in ADD_NAMES
+    return isinstance(value, (FunctionType, functools.partial)) and _adds(value)
 
 
 def _adds(function: Any, depth: int = 2) -> bool:

@@ -78,7 +78,8 @@ def test_a_residual_in_any_spelling(spelling, scope):
     assert len(hc.hc_report.converted) == 3
     assert {r.trunk for r in hc.hc_report.converted} == {0}
     assert error(hc(x), model(x)) < 1e-5
-    torch.testing.assert_close(*(torch.autograd.grad(m(x).square().sum(), m[0].f.weight)[0] for m in (hc, model)))
+    gradients = [torch.autograd.grad(m(x).square().sum(), m.get_parameter("0.f.weight"))[0] for m in (hc, model)]
+    assert error(*gradients) < 1e-5
 
 
 def straight_through(x, y):
@@ -87,7 +88,8 @@ def straight_through(x, y):
 
 LEFT = {
     "f(x) - x": (lambda x, y: y - x, "subtracted"),
-    "centring": (lambda x, y: F.linear(x - x.mean(-1, keepdim=True), torch.eye(D)) + 0 * y, "without weights"),
+    "centring": (lambda x, y: F.linear(x - x.mean(-1, keepdim=True), torch.eye(D)), "shapes differ"),
+    "a filter": (lambda x, y: x - F.avg_pool1d(x, 3, 1, 1), "without weights"),
     "straight through": (straight_through, "no gradient"),
     "data": (lambda x, y: x + y.data, "no gradient"),
     "one node in two roles": (lambda x, y: torch.addcmul(x, x, y), "factor of the branch"),
@@ -149,7 +151,9 @@ class OneOver(Block):
 
 def test_one_over_the_trunk_is_not_linear():
     model, x = nn.Sequential(Block(), OneOver(), Block()), torch.randn(4, D)
-    hc = hct.convert(model, (x,), scope="graph", init="mirrored", connection="static")
+    with pytest.raises(hct.UnsupportedModel, match="nonlinear operation: truediv"):
+        hct.convert(model, (x,), scope="graph", init="mirrored", connection="static")
+    hc = hct.convert(model, (x,), scope="graph", init="paper", connection="static")
     assert [r.name for r in hc.hc_report.converted] == ["0", "2"]
 
 
@@ -307,7 +311,7 @@ def blocks(n):
     return [Block() for _ in range(n)]
 
 
-# model, length of each trunk
+# model, length of each trunk of its graph
 LEVELS = {
     "groups of blocks": (lambda: nn.Sequential(*[Around(*blocks(3)) for _ in range(3)]), [9]),
     "groups that end in a layer": (
@@ -332,7 +336,9 @@ def test_the_level_that_is_chosen(what, scope):
     model, x = make(), torch.randn(4, D)
     hc = hct.convert(model, (x,), scope=scope, connection="static")
     trunks = [r.trunk for r in hc.hc_report.converted]
-    assert [trunks.count(t) for t in sorted(set(trunks))] == lengths, hc.hc_report
+    assert len(trunks) == sum(lengths), hc.hc_report
+    if scope == "graph":  # code between blocks cuts trunks
+        assert [trunks.count(t) for t in sorted(set(trunks))] == lengths
     assert error(hc(x), model(x)) < 1e-5
 
 
