@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,35 +12,30 @@ from .connections import Connection
 from .ends import LearnedReadout, StreamDropout, StreamEmbedding
 from .errors import UnsupportedModel
 from .findings import Residual
+from .keys import DROPOUT_KEY, EXPAND, READOUT
 from .kinds import shape_of
 from .planner import Plan, feature_axis
 from .trunks import Trunk
 
 CONNECTIONS_NAME = "hyper_connections"
-DROPOUT_KEY = "stream_dropout"
-
-
-def key_of(name: str) -> str:
-    """Return a residual's name as a Python identifier: "blocks.0.attn" becomes "blocks_0_attn"."""
-    key = re.sub(r"\W", "_", name)
-    return key if key.isidentifier() else f"_{key}"
 
 
 def expand_key(trunk: Trunk) -> str:
     """Return the key of a trunk's stream embedding, after its first residual."""
-    return f"{key_of(trunk.residuals[0].name)}_expand"
+    return trunk.residuals[0].key + EXPAND
 
 
 def readout_key(trunk: Trunk) -> str:
     """Return the key of a trunk's learnt readout, after its first residual."""
-    return f"{key_of(trunk.residuals[0].name)}_readout"
+    return trunk.residuals[0].key + READOUT
 
 
 def connection_dict(connections: Mapping[str, Connection], plan: Plan) -> nn.ModuleDict:
-    """Return all new modules of a plan as one: the connections, keyed by :func:`key_of` of the
-    residual names, and what its options ask for besides (readouts, embeddings, dropout).
+    """Return all new modules of a plan as one: the connections, by the keys of the residuals, and what its
+    options ask for besides (readouts, embeddings, dropout).
     """
-    return nn.ModuleDict({**{key_of(name): connection for name, connection in connections.items()}, **_make_ends(plan)})
+    keys = {r.name: r.key for r in plan.residuals}
+    return nn.ModuleDict({**{keys[name]: made for name, made in connections.items()}, **_make_ends(plan)})
 
 
 def make_connections(plan: Plan) -> dict[str, Connection]:
@@ -90,7 +84,7 @@ def _make_ends(plan: Plan) -> dict[str, nn.Module]:
 def features_of(residual: Residual, plan: Plan, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
     """Return the feature axis of a residual's value and its size, None if that is not known."""
     if plan.options.feature_axis is None:
-        return feature_axis(residual, plan.graph_module.graph, modules)
+        return feature_axis(residual, modules)
     shape = shape_of(residual.skip)
     return plan.options.feature_axis, None if shape is None else shape[plan.options.feature_axis]
 

@@ -1,36 +1,13 @@
-"""Adds as nodes of a graph, and the names of the residuals they make."""
+"""Where residuals stand in the user's code, and what they are called."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
-from typing import Any
 
 from torch import fx, nn
 
 from .findings import Residual
-from .kinds import is_tensor, name_of
-
-ADDS = frozenset({"add", "add_", "iadd", "radd"})
-
-
-def is_add(node: fx.Node) -> bool:
-    """Whether ``node`` adds two tensors, in any spelling."""
-    if node.op not in ("call_function", "call_method") or name_of(node) not in ADDS:
-        return False
-    if node.op == "call_function" and getattr(node.target, "__module__", "") not in ("_operator", "torch", None):
-        return False
-    if not is_tensor(node):
-        return False
-    a, b, _ = operands(node)
-    return is_tensor(a) and is_tensor(b) and a is not b
-
-
-def operands(add: fx.Node) -> tuple[Any, Any, Any]:
-    """Return the two operands of an add, and the factor of the second one."""
-    args = [*add.args, *(add.kwargs[key] for key in ("input", "other") if key in add.kwargs)]
-    first, second = (*args, None, None)[:2]
-    return first, second, add.kwargs.get("alpha", 1)
 
 
 def module_of(node: fx.Node) -> str:
@@ -48,24 +25,42 @@ def location_of(node: fx.Node) -> str:
 
 def named(residuals: list[Residual], modules: dict[str, nn.Module]) -> list[Residual]:
     """Name residuals by module paths: the adding module, and the branch's where a module adds more than once."""
+    by_add = {r.add: r for r in residuals}
+    sizes: dict[str, int] = {}
     per_module = Counter(r.module for r in residuals)
     taken: Counter[str] = Counter()
     named = []
     for residual in residuals:
         name = residual.module
         if not name or per_module[residual.module] > 1:
-            name = _branch_path(residual, modules) or name or residual.add.name
+            name = _branch_path(residual, by_add, modules, sizes) or name or residual.add.name
         taken[name] += 1
         named.append(replace(residual, name=name if taken[name] == 1 else f"{name}:{taken[name]}"))
     return named
 
 
-def _branch_path(residual: Residual, modules: dict[str, nn.Module]) -> str:
+def _own_part(residual: Residual, by_add: dict[fx.Node, Residual]) -> set[fx.Node]:
+    """Return the region without what another stream does on its way, which the branch only reads."""
+    found: set[fx.Node] = set()
+    waiting = [node for term in residual.branch for node in term.nodes]
+    while waiting:
+        node = waiting.pop()
+        other = by_add.get(node)
+        crosses = other is not None and other.skip is not residual.skip and other.skip not in residual.region
+        if node in residual.region and node not in found and not crosses:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
+
+
+def _branch_path(
+    residual: Residual, by_add: dict[fx.Node, Residual], modules: dict[str, nn.Module], sizes: dict[str, int]
+) -> str:
     """Return the path of the branch's largest module, one level below the module that adds."""
     prefix = residual.module + "." if residual.module else ""
     best, size = "", -1
-    for node in residual.region:
-        path = str(node.target) if node.op == "call_module" else module_of(node)
+    part = _own_part(residual, by_add) or residual.region
+    for path in {str(node.target) if node.op == "call_module" else module_of(node) for node in part}:
         if not path.startswith(prefix) or path == residual.module:
             continue
         atoms = path[len(prefix) :].split(".")
@@ -75,7 +70,9 @@ def _branch_path(residual: Residual, modules: dict[str, nn.Module]) -> str:
         ):
             depth += 1
         path = prefix + ".".join(atoms[:depth])
-        numel = sum(p.numel() for p in modules[path].parameters()) if path in modules else 0
+        if path not in sizes:
+            sizes[path] = sum(p.numel() for p in modules[path].parameters()) if path in modules else 0
+        numel = sizes[path]
         if (numel, path) > (size, best):
             best, size = path, numel
     return best

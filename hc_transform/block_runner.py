@@ -6,7 +6,7 @@ import copy
 import inspect
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,18 +14,19 @@ from torch import fx, nn
 
 from .additions import CONNECTIONS_NAME
 from .blocks import BlockPlan
-from .carrier import TrunkValue, is_trunk_value, read_out
+from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from .hints import Hints
 from .kinds import Kinds, is_tensor
 from .options import Options
+from .passage import Flow, Passage
 from .pipeline import analyse_again, log_left_out
-from .planner import Plan
+from .planner import Plan, with_keys_of
 from .rewrite import rewritten_graph
 from .state import state_restored
 from .structure import clone_structure
 from .trace import bind_inputs
-from .trunks import Passage, Trunk
+from .trunks import Trunk, flow_of
 from .variants import Variant, adopt_constants, decides_on_training, run_compiled, run_first
 
 log = logging.getLogger("hc_transform")
@@ -162,13 +163,14 @@ class BlockRunner:
                 self._observed(block),
                 loose=True,
             )
-        plan, gm = analysis.plan, analysis.trace.graph_module
+        plan, gm = with_keys_of(analysis.plan, self.plan.keys), analysis.trace.graph_module
         left_out = analysis.left_out
         leaves = call.leaves
         if leaves.intersection(left_out):  # what is before it in the block hands the streams on
             leaves = leaves | {trunk.residuals[-1].name for trunk in plan.trunks}
             _refuse_end_of_streams(plan, self.plan)
-        plan = Plan(gm, linked(plan, leaves, call.step, self.plan, self.options), plan.skipped, self.options)
+        streams = [name for name, value in bind_inputs(original, args, kwargs).items() if holds_streams(value)]
+        plan = Plan(gm, linked(plan, leaves, call.step, self.plan, self.options, streams), plan.skipped, self.options)
         graph = rewritten_graph(gm, plan)
         adopt_constants(block, graph, gm)
         log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
@@ -186,7 +188,9 @@ def _refuse_end_of_streams(plan: Plan, block: BlockPlan) -> None:
         )
 
 
-def linked(plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, options: Options) -> tuple[Trunk, ...]:
+def linked(
+    plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, options: Options, streams: Collection[str] = ()
+) -> tuple[Trunk, ...]:
     """Return a block's trunks with the inputs that they begin with, and the outputs that go on as streams.
 
     Args:
@@ -195,30 +199,35 @@ def linked(plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, opti
         step: how many block calls of the chain come before this one.
         block: whose graph it is.
         options: of the whole model.
+        streams: names of the inputs that come as streams; where two inputs are added up, those go on.
 
     Raises:
         TraceError: a trunk that goes on in another block does not reach the block's output.
     """
     kinds = Kinds(plan.graph_module)
     passage = Passage(kinds)
-    entries: dict[fx.Node, Any] = {n: n for n in plan.graph_module.graph.nodes if _is_entry(n)}
+    flow = Flow(passage, [])
+    for node in plan.graph_module.graph.nodes:
+        given_as = _input_of(node)
+        if given_as is not None:
+            flow.lengths[node] = int(given_as.lstrip("*") in streams)
     output = plan.graph_module.graph.output_node()
     trunks = []
     for trunk in plan.trunks:
         carried = dict(trunk.carried)
         first, last = trunk.residuals[0], trunk.residuals[-1]
         entry: fx.Node | None = None
-        way = passage.way_back(first.skip, entries)
-        if way and not (options.stream_embedding and step == 0):
-            entry = way[-1]
-            carried.update(zip(way, way[1:], strict=False))
+        given = flow.trunk_value(first.skip)
+        if given is not None and not (options.stream_embedding and step == 0):
+            entry = given
+            carried.update(flow.way_to(first.skip))
         exits = []
         if last.name in leaves:
+            after = flow_of(trunk.residuals, passage)
             for value in output.all_input_nodes:
-                way = passage.way_back(value, {last.add: last}) if is_tensor(value) else []
-                if way:
+                if is_tensor(value) and after.trunk_value(value) is last.add:
                     exits.append(value)
-                    carried.update(zip(way, way[1:], strict=False))
+                    carried.update(after.way_to(value))
             if not exits:
                 raise TraceError(f"the trunk of {block.path}.{last.name} does not reach the output of {block.path}")
         passed = step + 1 if block.counted else 1
@@ -226,13 +235,13 @@ def linked(plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, opti
     return tuple(trunks)
 
 
-def _is_entry(node: fx.Node) -> bool:
-    """Whether a node is a tensor that the graph is given, by itself or in a tuple."""
+def _input_of(node: fx.Node) -> str | None:
+    """Return the input that a tensor is, by itself or in a tuple; None if it is computed."""
     if not is_tensor(node):
-        return False
+        return None
     while node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         node = node.args[0]  # type: ignore[assignment]
-    return node.op == "placeholder"
+    return str(node.target) if node.op == "placeholder" else None
 
 
 def original_of(block: nn.Module) -> nn.Module:
@@ -282,7 +291,7 @@ def _kind(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, torch.Tensor) or is_trunk_value(value):
-        return value.dtype, value.ndim
+        return value.dtype, value.ndim, is_trunk_value(value)
     if isinstance(value, (tuple, list)):
         return type(value), *map(_kind, value)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):

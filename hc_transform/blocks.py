@@ -15,9 +15,10 @@ from torch import fx, nn
 
 from .findings import Reason, Residual, Skipped
 from .identity import Identity, identities, relative_path
+from .keys import keys_of
 from .planner import Plan
 from .tape import Call
-from .trunks import Trunk, as_skipped
+from .trunks import Trunk, as_skipped, way_between
 
 AROUND = "it is around a stack of blocks, which keep their hooks and checkpoints; scope='graph' takes both"
 
@@ -57,6 +58,21 @@ class BlockPlan:
     calls: tuple[CallPlan, ...]
     shared: bool = False
     counted: bool = False
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """The keys of the block's connections, by their residuals' names below it."""
+        calls = self.calls[:1] if self.shared else self.calls
+        return keys_of(relative(name, self.path) for call in calls for name in call.residuals)
+
+
+def relative(name: str, block: str) -> str:
+    """Return a residual's name below its block."""
+    if block and name.startswith(block + "."):
+        return name[len(block) + 1 :]
+    if block and name.partition(":")[0] == block:
+        return "residual" + name[len(block) :]
+    return name
 
 
 @dataclass(frozen=True)
@@ -123,7 +139,7 @@ def _holder(residual: Residual) -> tuple[Call, ...]:
         for node in sorted(inside(residual, stack[depth - 1])):
             if reached.intersection(node.all_input_nodes):
                 reached.add(node)
-        if all(term in reached for term in residual.branch):
+        if all(reached.intersection(term.factors) for term in residual.branch):
             return stack[:depth]
     return stack[:1]
 
@@ -218,26 +234,20 @@ def _changed_on_the_way(
     residual: Residual, trunk: Trunk, adds: set[fx.Node], homes: Mapping[fx.Node, Call]
 ) -> fx.Node | None:
     """Return the first operation outside of blocks between a residual and the one before, if any."""
-    node = residual.skip
-    way = []
-    while node not in adds:
-        if node not in trunk.carried:
-            return node  # the residual before it went: its block stays as it is
-        way.append(node)
-        node = trunk.carried[node]
-    inside = {homes[node], homes[residual.add]}
-    return next((n for n in reversed(way) if not inside.intersection(n.meta.get("hc_calls", ()))), None)
+    way = way_between(residual.skip, trunk.carried, adds)
+    ends = {residual.skip, *(n for operands in way.values() for n in operands)} - way.keys()
+    if not ends <= adds:
+        return min(ends - adds)  # the residual before it went: its block stays as it is
+    inside = {homes[residual.add], *(homes[end] for end in ends)}
+    return next((n for n in sorted(way) if not inside.intersection(n.meta.get("hc_calls", ()))), None)
 
 
 def _piece(trunk: Trunk, residuals: list[Residual]) -> Trunk:
     """Return the part of a trunk that holds ``residuals``, with the operations between them."""
     adds = {r.add for r in residuals}
-    carried = {}
+    carried: dict[fx.Node, tuple[fx.Node, ...]] = {}
     for residual in residuals[1:]:
-        node = residual.skip
-        while node not in adds and node in trunk.carried:
-            carried[node] = trunk.carried[node]
-            node = trunk.carried[node]
+        carried.update(way_between(residual.skip, trunk.carried, adds))
     return Trunk(trunk.index, tuple(residuals), carried)
 
 
@@ -293,15 +303,6 @@ def _blocks(
         blocks.append(BlockPlan(path, _scopes(path, nodes), tuple(plans), shared))
     counted = any(len({call.step for call in block.calls}) > 1 for block in blocks)
     return tuple(replace(block, counted=counted) for block in blocks), notes
-
-
-def relative(name: str, block: str) -> str:
-    """Return a residual's name below its block."""
-    if block and name.startswith(block + "."):
-        return name[len(block) + 1 :]
-    if block and name.partition(":")[0] == block:
-        return "residual" + name[len(block) :]
-    return name
 
 
 def _scopes(block: str, nodes: Iterable[fx.Node]) -> frozenset[str]:

@@ -6,14 +6,19 @@ import dis
 import functools
 import inspect
 from collections.abc import Iterator
-from types import CodeType, FunctionType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
 from torch import nn
 
-ADD_NAMES = frozenset({"add", "add_", "sum", "__add__", "iadd", "__iadd__", "addcmul", "lerp"})
-ADD_OPERATORS = frozenset({"+", "+="})
+ADD_NAMES = frozenset(
+    "add add_ iadd __add__ __radd__ __iadd__ sum sub sub_ isub rsub subtract subtract_ __sub__ __rsub__ __isub__ lerp "
+    "lerp_ addcmul addcmul_ addcdiv addcdiv_ addmm addmm_ addmv addmv_ addbmm addbmm_ baddbmm baddbmm_ index_add "
+    "index_add_".split()
+)
+ADD_OPERATORS = frozenset({"+", "+=", "-", "-="})
+ADD_INSTRUCTIONS = frozenset({"BINARY_ADD", "INPLACE_ADD", "BINARY_SUBTRACT", "INPLACE_SUBTRACT"})
 INLINED_FROM_TORCH = ("torch.nn.modules.container", "torch.nn.modules.transformer")
 
 
@@ -39,6 +44,8 @@ def may_add(module: nn.Module) -> bool:
     own = module.__dict__.get("forward")
     if own is not None and _adds(getattr(own, "__func__", own)):
         return True
+    if any(map(_is_an_add, module.__dict__.values())):
+        return True  # a function that the module was given to call
     cls: Any = type(module)
     return _class_adds(cls)
 
@@ -65,15 +72,21 @@ def _function_of(member: Any) -> Any:
     return member.fget if isinstance(member, property) else member
 
 
+def _is_an_add(value: Any) -> bool:
+    if isinstance(value, BuiltinFunctionType):
+        return value.__name__ in ADD_NAMES
+    return isinstance(value, (FunctionType, functools.partial)) and _adds(value)
+
+
 def _adds(function: Any, depth: int = 2) -> bool:
-    """Whether a function's bytecode, or that of a plain function it calls, holds an addition."""
+    """Whether a function's bytecode, or that of a plain function it calls, holds an addition or a subtraction."""
     if isinstance(function, functools.partial):
         function = function.func
     if not isinstance(function, FunctionType):
         return False
     for code in _code_objects(function.__code__):
         for instruction in dis.get_instructions(code):
-            if instruction.opname in ("BINARY_ADD", "INPLACE_ADD"):
+            if instruction.opname in ADD_INSTRUCTIONS:
                 return True
             if instruction.opname == "BINARY_OP" and instruction.argrepr in ADD_OPERATORS:
                 return True

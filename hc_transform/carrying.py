@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,12 +11,11 @@ from torch import Tensor, fx, nn
 
 from . import streams as ops
 from .kinds import Kind, Kinds, name_of
-
-IN_PLACE_OPERATORS = frozenset("iadd isub imul itruediv ipow".split())
+from .passage import IN_PLACE_OPERATORS
 
 
 def carried_call(
-    node: fx.Node, kinds: Kinds, target: Any, streams: fx.Node, rest: tuple[Any, ...], kwargs: dict[str, Any]
+    node: fx.Node, kinds: Kinds, target: Any, streams: Mapping[fx.Node, fx.Node], args: tuple[Any, ...], kwargs: Any
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """Return what to call in place of ``node``, and with what: (function, args, kwargs).
 
@@ -26,23 +26,31 @@ def carried_call(
         node: the operation of the plan's graph.
         kinds: of the plan's graph.
         target: the node's target, or the node of the new graph that stands for its module.
-        streams: the streams it is applied to.
-        rest, kwargs: its arguments in the new graph, without the trunk value; ``kwargs["position"]`` is
-            where the trunk value stands, if not first.
+        streams: its operands that are streams, with those.
+        args, kwargs: its arguments in the new graph.
     """
+    positions = [i for i, a in enumerate(node.args) if isinstance(a, fx.Node) and a in streams]
+    given = [streams[node.args[i]] for i in positions]  # type: ignore[index]
     if node.op == "call_module" and any(map(_keeps_statistics, kinds.modules[str(node.target)].modules())):
-        return ops.carry_folded, (target, streams), {}
+        return ops.carry_folded, (target, given[0]), {}
+    rest = tuple(a for i, a in enumerate(args) if i not in positions)
+    kwargs = dict(kwargs)
     carry: Any = ops.carry_random if kinds.of(node) is Kind.RANDOM else ops.carry
-    may_overwrite = _sole_reader(node, streams) and "position" not in kwargs
-    if carry is ops.carry and _in_place(node, kinds) and not may_overwrite:
+    if _in_place(node, kinds) and (positions != [0] or not _sole_reader(node, given[0])):
         found = None if node.op == "call_module" else _out_of_place(target, kwargs)
-        if found is None:
+        target, kwargs = found or (target, kwargs)
+        if found is None and carry is ops.carry:
             carry = ops.carry_on_copies
-        else:
-            target, kwargs = found
+    first: Any = given[0]
+    if len(positions) > 1:
+        first = tuple(given)
+        carry = ops.carry_together if carry is ops.carry else ops.carry_together_on_copies
+        kwargs["positions"] = tuple(positions)
+    elif positions != [0]:
+        kwargs["position"] = positions[0]
     if callable(target):
-        return ops.CarriedFunction(target, carry), (streams, *rest), kwargs
-    return carry, (target, streams, *rest), kwargs
+        return ops.CarriedFunction(target, carry), (first, *rest), kwargs
+    return carry, (target, first, *rest), kwargs
 
 
 def _keeps_statistics(module: nn.Module) -> bool:

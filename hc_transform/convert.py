@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .additions import CONNECTIONS_NAME, connection_dict, key_of, make_connections
+from .additions import CONNECTIONS_NAME, connection_dict, make_connections
 from .compare import compare
 from .connections import ConnectionLike
 from .convert_blocks import analyse_blocks, convert_blocks, move_into
@@ -285,7 +285,7 @@ def _convert_blocks(model: nn.Module, example: Example | None, expected: Any, wa
     notes.append(f"Scope blocks, {reason}. {len(planned.blocks)} modules run graphs; the rest is Python as before.")
     notes += [f"Streams are read out and begin anew {cut}." for cut in planned.cuts]
     notes += [*planned.notes, OPTIMIZER_NOTE]
-    connections = {r.name: modules[key_of(r.name)] for r in plan.residuals}
+    connections = {r.name: modules[r.key] for r in plan.residuals}
     counted = {id(p): p.numel() for m in modules.values() for p in m.parameters()}
     ours = {id(p): p.numel() for m in connections.values() for p in m.parameters()}
     report = report_of(plan, connections, error, tuple(notes), sum(counted.values()) - sum(ours.values()))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .additions import CONNECTIONS_NAME, DROPOUT_KEY, connection_dict, expand_key, key_of, make_connections, readout_key
+from .additions import CONNECTIONS_NAME, connection_dict, expand_key, make_connections, readout_key
 from .block_module import install
 from .block_runner import RUNNER, BlockError, BlockRunner, reads_training
 from .blocks import BlockPlan, BlocksPlan, container, find_holders, plan_blocks, relative
@@ -20,6 +20,7 @@ from .find import find_residuals
 from .findings import Residual
 from .hints import Hints
 from .hooks import read_outputs
+from .keys import DROPOUT_KEY, EXPAND, READOUT
 from .options import Options
 from .planner import Plan, make_plan
 from .structure import clone_structure, in_other_mode
@@ -127,15 +128,17 @@ def _install(
     """Make the blocks of ``model`` run graphs; return the new modules by the keys they have on the tape."""
     by_key: dict[str, Any] = {}
     ends = connection_dict({}, planned.plan)
+    keys = {r.name: r.key for r in planned.plan.residuals}
     for block in planned.blocks:
         module = model.get_submodule(block.path)
         own: dict[str, nn.Module] = {}
+        own_keys = block.keys
         for i, call in enumerate(block.calls):
             for j, name in enumerate(call.residuals):
                 if block.shared and i:
-                    by_key[key_of(name)] = by_key[key_of(block.calls[0].residuals[j])]
+                    by_key[keys[name]] = by_key[keys[block.calls[0].residuals[j]]]
                 else:
-                    own[key_of(relative(name, block.path))] = by_key[key_of(name)] = connections[name]
+                    own[own_keys[relative(name, block.path)]] = by_key[keys[name]] = connections[name]
         _add_ends(own, block, planned.plan, ends, by_key)
         within = replace(hints, leaf_modules=(), inline_modules=())  # which name paths of the whole model
         install(module, BlockRunner(block, planned.plan.options, within), nn.ModuleDict(own))
@@ -152,16 +155,16 @@ def _add_ends(
     for trunk in plan.trunks:
         first, last = trunk.residuals[0], trunk.residuals[-1]
         if first.name in names and expand_key(trunk) in ends:
-            own[_end_key(first, block.path, "expand")] = by_key[expand_key(trunk)] = ends[expand_key(trunk)]
+            own[_end_key(first, block, EXPAND)] = by_key[expand_key(trunk)] = ends[expand_key(trunk)]
         if last.name in names and readout_key(trunk) in ends:
             local = next(r for r in trunk.residuals if r.name in names)
-            own[_end_key(local, block.path, "readout")] = by_key[readout_key(trunk)] = ends[readout_key(trunk)]
+            own[_end_key(local, block, READOUT)] = by_key[readout_key(trunk)] = ends[readout_key(trunk)]
     if DROPOUT_KEY in ends:
         own[DROPOUT_KEY] = ends[DROPOUT_KEY]
 
 
-def _end_key(residual: Residual, block: str, end: str) -> str:
-    return f"{key_of(relative(residual.name, block))}_{end}"
+def _end_key(residual: Residual, block: BlockPlan, end: str) -> str:
+    return block.keys[relative(residual.name, block.path)] + end
 
 
 def _owners(planned: BlocksPlan) -> list[str]:

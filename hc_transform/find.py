@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import fx
 
-from .adds import ADDS, is_add, location_of, module_of, named, operands
+from .adds import location_of, module_of, named
 from .aliases import written_through
+from .ancestry import Ancestry
 from .findings import Findings, Reason, Residual, Shortcut, Skipped
 from .kinds import Kind, Kinds, is_tensor, name_of, shape_of
+from .spellings import ADDITIONS, SHIFTS, Sum, Term, flattened, sum_of
+from .streams import summed_products
+
+Base = tuple[fx.Node, tuple[fx.Node, ...]]  # a value, and the operations from it to a skip
 
 
 def find_residuals(gm: fx.GraphModule) -> Findings:
@@ -18,7 +24,8 @@ def find_residuals(gm: fx.GraphModule) -> Findings:
 
     An add is one when one operand is, through transparent or scaling operations, a
     value that the other was computed from, the shapes agree, and on the way from that value to
-    the other operand something more than pointwise arithmetic happens.
+    the other operand something more than pointwise arithmetic happens. So are other sums of that form: a
+    subtraction ``x - f(x)``, ``torch.lerp``, ``addcmul``, ``addmm``, a sum over a stack.
 
     Args:
         gm: any traced graph. Shapes are compared where nodes carry ``meta["tensor_meta"]`` or
@@ -42,31 +49,27 @@ class _Finder:
     def __init__(self, gm: fx.GraphModule) -> None:
         self.kinds = Kinds(gm)
         self.nodes = list(gm.graph.nodes)
-        self.number = {node: i for i, node in enumerate(self.nodes)}
-        self.ancestors: dict[fx.Node, int] = {}  # a bit for every node it is computed from
-        for node in self.nodes:
-            bits = 0
-            if self.kinds.of(node) is not Kind.SHAPE:
-                for source in node.all_input_nodes:
-                    bits |= self.ancestors[source] | 1 << self.number[source]
-            self.ancestors[node] = bits
+        self.all = Ancestry(self.nodes, self.kinds, frozenset({Kind.SHAPE}))
+        self.live = Ancestry(self.nodes, self.kinds, frozenset({Kind.SHAPE, Kind.CUT}))
 
     def run(self) -> Findings:
         residuals: dict[fx.Node, Residual] = {}
         skipped: dict[fx.Node, Skipped] = {}
         for add in self.nodes:
-            if not is_add(add):
+            total = sum_of(add)
+            if total is None:
                 continue
-            a, b, _ = operands(add)
-            overwritten = self._overwritten(a, b) or self._overwritten(b, a)
-            found = None if overwritten else self._binary(add) or self._sum(add)
+            found = None if self._any_overwritten(total) else self._residual(add, total) or self._flat(add)
             if found is None:
-                skipped[add] = self._verdict(add)
+                verdict = self._verdict(add, total)
+                if name_of(add).rstrip("_") in ADDITIONS or verdict.reason in LISTED_IN_ANY_SPELLING:
+                    skipped[add] = verdict
                 continue
             residuals[add] = found
             for other in found.absorbed:
                 residuals.pop(other, None)
-                skipped[other] = _skip(other, Reason.MERGED)
+                if sum_of(other) is not None:
+                    skipped[other] = _skip(other, Reason.MERGED)
         shortcuts = [self._shortcut(add, s) for add, s in skipped.items() if s.reason is Reason.PROJECTION]
         return Findings(
             tuple(named(list(residuals.values()), self.kinds.modules)),
@@ -74,60 +77,39 @@ class _Finder:
             tuple(s for s in shortcuts if s is not None),
         )
 
-    def _binary(self, add: fx.Node) -> Residual | None:
-        a, b, alpha = operands(add)
-        for skip, branch, first in ((a, b, True), (b, a, False)):
-            base = self._base(skip, [branch])
-            if base is not None and self._fits(add, [skip, branch]) and self._mixes(base[0], [branch]):
-                more = {"branch_scale": alpha} if first else {"skip_scale": alpha, "branch_first": True}
-                return self._residual(add, base, (branch,), (), more)
-        return None
+    # -- what is one
 
-    def _sum(self, add: fx.Node) -> Residual | None:
+    def _flat(self, add: fx.Node) -> Residual | None:
         """Test a sum of three terms or more, ``(x + attn(x)) + mlp(x)``, as one."""
-        terms, absorbed = self._terms(add)
-        if not absorbed:
-            return None
-        for skip in terms:
-            branch = [t for t in terms if t is not skip]
-            base = self._base(skip, branch)
-            if base is not None and self._fits(add, terms) and all(self._mixes(base[0], [t]) for t in branch):
-                more = {"branch_first": terms[0] is not skip}
-                return self._residual(add, base, tuple(branch), tuple(absorbed), more)
+        total = flattened(add)
+        return self._residual(add, total) if total is not None and len(total.terms) > 2 else None
+
+    def _residual(self, add: fx.Node, total: Sum) -> Residual | None:
+        for skip, branch in _splits(total):
+            if skip.subtracted or not self._fits(add, total.terms):
+                continue
+            base = self._base(skip.factors[0], branch, self.live)
+            if base is None or _entangled(base[0], skip, branch):
+                continue
+            if not all(self._mixes(base[0], term) for term in branch):
+                continue
+            nodes = [node for term in (skip, *branch) for node in term.nodes if node is not skip.value]
+            region = self.all.between(base[0], nodes)
+            first = total.terms[0] is not skip
+            where = (module_of(add), location_of(add), add)
+            return Residual("", *where, *base, branch, region, skip, total.absorbed, first)
         return None
 
-    def _terms(self, add: fx.Node) -> tuple[list[fx.Node], list[fx.Node]]:
-        terms: list[fx.Node] = []
-        absorbed: list[fx.Node] = []
-        for operand in operands(add)[:2]:
-            if is_add(operand) and len(operand.users) == 1 and operands(operand)[2] == 1 and operands(add)[2] == 1:
-                inner, more = self._terms(operand)
-                terms += inner
-                absorbed += [operand, *more]
-            else:
-                terms.append(operand)
-        return terms, absorbed
-
-    def _residual(
-        self,
-        add: fx.Node,
-        base: tuple[fx.Node, tuple[fx.Node, ...]],
-        branch: tuple[fx.Node, ...],
-        absorbed: tuple[fx.Node, ...],
-        more: dict[str, Any],
-    ) -> Residual:
-        region = frozenset(node for term in branch for node in self._region(base[0], term))
-        return Residual("", module_of(add), location_of(add), add, base[0], base[1], branch, region, absorbed, **more)
-
-    def _base(self, skip: fx.Node, branch: list[fx.Node]) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    def _base(self, skip: fx.Node, branch: Sequence[Term], ancestry: Ancestry) -> Base | None:
         """Return the value behind ``skip`` that all of ``branch`` is computed from, and the way to it."""
         for value, ops in self._behind(skip):
-            bit = 1 << self.number[value]
-            if all(self.ancestors[term] & bit for term in branch) and not self.kinds.is_constant(value):
+            if self.kinds.is_constant(value):
+                continue
+            if all(any(n is value or ancestry.leads(value, n) for n in term.factors) for term in branch):
                 return value, ops
         return None
 
-    def _behind(self, skip: fx.Node) -> Iterator[tuple[fx.Node, tuple[fx.Node, ...]]]:
+    def _behind(self, skip: fx.Node) -> Iterator[Base]:
         ops: tuple[fx.Node, ...] = ()
         while True:
             yield skip, ops
@@ -140,51 +122,64 @@ class _Finder:
         """Return the tensor that ``node`` passes on, perhaps scaled or shifted by a parameter; else None."""
         kind = self.kinds.of(node)
         data = [n for n in node.all_input_nodes if is_tensor(n) and not self.kinds.is_constant(n)]
-        if len(data) != 1 or not node.args or data[0] not in node.args:
+        if len(data) != 1 or list(node.args).count(data[0]) != 1:
             return None
-        shifted = name_of(node) in ADDS and self._fits(node, [data[0]])
+        shifted = kind is Kind.POINTWISE and name_of(node).rstrip("_") in SHIFTS and self._same_shape([node, data[0]])
         return data[0] if kind in (Kind.IDENTITY, Kind.SCALE, Kind.RANDOM) or shifted else None
 
-    def _fits(self, add: fx.Node, terms: list[fx.Node]) -> bool:
-        shapes = {shape for shape in map(shape_of, (add, *terms)) if shape is not None}
-        return len(shapes) <= 1
+    def _fits(self, add: fx.Node, terms: Iterable[Term]) -> bool:
+        return self._same_shape([add, *(t.value for t in terms if t.value is not None)])
 
-    def _region(self, skip: fx.Node, end: fx.Node) -> list[fx.Node]:
-        bit, before = 1 << self.number[skip], self.ancestors[end]
-        first, last = self.number[skip] + 1, self.number[end]
-        return [n for n in self.nodes[first:last] if before >> self.number[n] & 1 and self.ancestors[n] & bit] + [end]
+    def _same_shape(self, nodes: Iterable[fx.Node]) -> bool:
+        return len({shape for shape in map(shape_of, nodes) if shape is not None}) <= 1
 
-    def _mixes(self, skip: fx.Node, branch: list[fx.Node]) -> bool:
-        kinds = {self.kinds.of(node) for term in branch for node in self._region(skip, term)}
-        return bool(kinds & {Kind.MIX, Kind.NORM, Kind.REDUCE})
+    def _mixes(self, skip: fx.Node, term: Term) -> bool:
+        """Whether the way from ``skip`` to a term is more than pointwise; with weights, if it is subtracted."""
+        region = self.live.between(skip, [n for n in term.factors if isinstance(n, fx.Node)])
+        if term.subtracted:
+            return any(self.kinds.of(node) is Kind.MIX and self._weighted(node) for node in region)
+        product = term.combine in MIXING_PRODUCTS
+        return product or any(self.kinds.of(node) in (Kind.MIX, Kind.NORM, Kind.REDUCE) for node in region)
+
+    def _weighted(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return any(True for _ in self.kinds.modules[str(node.target)].parameters())
+        return any(is_tensor(n) and self.kinds.is_constant(n) for n in node.all_input_nodes)
+
+    def _any_overwritten(self, total: Sum) -> bool:
+        return len(total.terms) == 2 and any(
+            self._overwritten(skip.factors[0], node)
+            for skip, branch in _splits(total)
+            for node in branch[0].factors[:1]
+        )
 
     def _overwritten(self, skip: fx.Node, branch: fx.Node) -> bool:
         """Whether ``skip`` is what the branch left of its input, and not what it was computed from."""
         for value, _ in self._behind(skip):
-            if value.target is written_through and not self._comes_from(value, branch):
-                return value.args[1] is branch or self._comes_from(value.args[1], branch)
+            if value.target is written_through and not self.all.leads(value, branch):
+                written: Any = value.args[1]
+                return written is branch or self.all.leads(written, branch)
         return False
 
-    def _comes_from(self, source: Any, node: fx.Node) -> bool:
-        return bool(self.ancestors[node] >> self.number[source] & 1)
+    # -- what is none
 
-    def _verdict(self, add: fx.Node) -> Skipped:
-        a, b, _ = operands(add)
-        if self._overwritten(a, b) or self._overwritten(b, a):
+    def _verdict(self, add: fx.Node, total: Sum) -> Skipped:
+        if self._any_overwritten(total):
             return _skip(add, Reason.OVERWRITTEN)
-        for skip, branch in ((a, b), (b, a)):
-            base = self._base(skip, [branch])
+        for skip, branch in _splits(total):
+            base = self._base(skip.factors[0], branch, self.live)
             if base is not None:
-                if not self._mixes(base[0], [branch]):
-                    return _skip(add, Reason.POINTWISE_BRANCH)
-                return _skip(add, Reason.SHAPES_DIFFER, f"{_shape_text(skip)} and {_shape_text(branch)}")
-        for node in (a, b):
-            if self.kinds.is_constant(node):
-                return _skip(
-                    add, Reason.INDEPENDENT, f"{node.target if node.op == 'get_attr' else node.name} is constant"
-                )
-        for skip, branch in ((a, b), (b, a)):
-            chain = self._chain(skip, branch)
+                return self._why_not(add, base, skip, branch)
+        for skip, branch in _splits(total):
+            base = self._base(skip.factors[0], branch, self.all)
+            if base is not None:
+                return _skip(add, Reason.DETACHED)
+        for node in (term.value for term in total.terms):
+            if node is not None and self.kinds.is_constant(node):
+                name = node.target if node.op == "get_attr" else node.name
+                return _skip(add, Reason.INDEPENDENT, f"{name} is constant")
+        for skip, branch in _splits(total):
+            chain = self._chain(skip.factors[0], branch[0].factors[0])
             if chain is not None:
                 kinds = {self.kinds.of(node) for node in chain[1]}
                 if Kind.MOVE in kinds and Kind.MIX not in kinds:
@@ -192,35 +187,69 @@ class _Finder:
                 return _skip(add, Reason.PROJECTION if Kind.MIX in kinds else Reason.POINTWISE_BRANCH)
         return _skip(add, Reason.INDEPENDENT)
 
-    def _chain(self, skip: fx.Node, branch: fx.Node) -> tuple[fx.Node, tuple[fx.Node, ...]] | None:
+    def _why_not(self, add: fx.Node, base: Base, skip: Term, branch: Sequence[Term]) -> Skipped:
+        """Return the verdict on a sum of a value and what is computed from it."""
+        plain = [Term(t.factors, t.combine) for t in branch]
+        if not all(self._mixes(base[0], term) for term in plain):
+            return _skip(add, Reason.POINTWISE_BRANCH)
+        if not self._fits(add, (skip, *branch)):
+            shapes = [_shape_text(n) for n in (skip.value, branch[0].value) if n is not None]
+            return _skip(add, Reason.SHAPES_DIFFER, " and ".join(shapes))
+        if skip.subtracted:
+            return _skip(add, Reason.SUBTRACTED)
+        return _skip(add, Reason.ENTANGLED if _entangled(base[0], skip, branch) else Reason.CENTRED)
+
+    def _chain(self, skip: fx.Node, branch: fx.Node) -> Base | None:
         """Return the value that ``skip`` is made from by single operations and ``branch`` too, and the way from it."""
         way: tuple[fx.Node, ...] = ()
         while True:
             data = [n for n in skip.all_input_nodes if is_tensor(n) and not self.kinds.is_constant(n)]
-            if len(data) != 1:
+            if len(data) != 1 or self.kinds.of(skip) is Kind.CUT:
                 return None
             skip, way = data[0], (skip, *way)
-            if self.ancestors[branch] >> self.number[skip] & 1:
+            if self.live.leads(skip, branch):
                 return skip, way
 
     def _shortcut(self, add: fx.Node, verdict: Skipped) -> Shortcut | None:
-        a, b, alpha = operands(add)
+        total = sum_of(add)
+        if total is None or name_of(add).rstrip("_") not in ADDITIONS or any(t.scale != 1 for t in total.terms):
+            return None
         found = []
-        for skip, branch in ((a, b), (b, a)):
-            chain = self._chain(skip, branch)
-            if chain is not None and all(len(node.users) == 1 for node in chain[1]) and self._fits(add, [a, b]):
-                if self._mixing(chain[1]) < self._mixing(self._region(chain[0], branch)):
+        for skip, branch in _splits(total):
+            chain = self._chain(skip.factors[0], branch[0].factors[0])
+            if chain is not None and all(len(n.users) == 1 for n in chain[1]) and self._fits(add, total.terms):
+                way = self.all.between(chain[0], branch[0].nodes)
+                if self._mixing(chain[1]) < self._mixing(way):
                     found.append(Shortcut(add, *chain, verdict))
-        return found[0] if len(found) == 1 and alpha == 1 else None
+        return found[0] if len(found) == 1 else None
 
     def _mixing(self, nodes: Iterable[fx.Node]) -> tuple[int, int]:
         """Return how many operations mix with weights, and how many at all: pooling does little beside a layer."""
         mixing = [node for node in nodes if self.kinds.of(node) in (Kind.MIX, Kind.REDUCE)]
-        weighted = sum(
-            node.op != "call_module" or any(True for _ in self.kinds.modules[str(node.target)].parameters())
-            for node in mixing
-        )
+        weighted = sum(node.op != "call_module" or self._weighted(node) for node in mixing)
         return weighted, len(mixing)
+
+
+MIXING_PRODUCTS = (torch.matmul, summed_products)
+LISTED_IN_ANY_SPELLING = frozenset(
+    {Reason.SHAPES_DIFFER, Reason.DETACHED, Reason.SUBTRACTED, Reason.CENTRED, Reason.ENTANGLED, Reason.OVERWRITTEN}
+)
+
+
+def _splits(total: Sum) -> Iterator[tuple[Term, tuple[Term, ...]]]:
+    """Yield each term that may be the skip, and the others."""
+    for skip in total.terms:
+        if skip.value is not None:
+            yield skip, tuple(t for t in total.terms if t is not skip)
+
+
+def _entangled(base: fx.Node, skip: Term, branch: Sequence[Term]) -> bool:
+    """Whether a node has two roles in one sum, as in ``addcmul(x, x, f(x))``."""
+    nodes = [node for term in branch for node in term.factors]
+    scales = [t.scale for t in (skip, *branch) if isinstance(t.scale, fx.Node)]
+    if base in nodes or skip.value in nodes or len(nodes) != len(set(nodes)):
+        return True
+    return any(s in nodes or s is skip.value or s is base for s in scales)
 
 
 def _skip(add: fx.Node, reason: Reason, detail: str = "") -> Skipped:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import Any
 
 from torch import fx
+
+from .spellings import Term
 
 
 class Reason(enum.Enum):
@@ -19,6 +20,10 @@ class Reason(enum.Enum):
     CARRIED = "projection shortcut, carried: the shortcut is applied to every stream"
     SHORT = "its trunk has fewer residuals than min_residuals"
     MERGED = "part of a sum that is converted as one residual"
+    DETACHED = "detached: the branch passes no gradient to the skip"
+    SUBTRACTED = "the skip is subtracted from what is computed from it"
+    CENTRED = "what is subtracted is taken from the skip without weights: a norm or a filter"
+    ENTANGLED = "the skip is a factor of the branch in the same operation"
     OVERWRITTEN = "the skip is overwritten in place by its own branch"
     OPAQUE = "inside a module that stayed whole"
     NESTED = "nested: inside or around the branches of a trunk with more residuals"
@@ -39,11 +44,12 @@ class Residual:
         add: the (last) add.
         skip: the value that the branch is computed from.
         skip_ops: operations between ``skip`` and the add, in order.
-        branch: the branch outputs; there are several in ``x + attn(x) + mlp(x)``.
+        branch: the terms that are added to it; there are several in ``x + attn(x) + mlp(x)``.
         region: all nodes from ``skip`` (without it) to the branch outputs.
-        absorbed: the other adds of the sum.
-        skip_scale, branch_scale: the factor ``alpha`` of ``torch.add``, where it is on that side.
+        absorbed: the other nodes that are part of the sum.
+        scaled_skip: the skip's term, with its factor.
         branch_first: whether the branch is the add's first operand, which gives the sum its memory format.
+        key: its name as an identifier, unique within its plan.
     """
 
     name: str
@@ -52,12 +58,12 @@ class Residual:
     add: fx.Node
     skip: fx.Node
     skip_ops: tuple[fx.Node, ...]
-    branch: tuple[fx.Node, ...]
+    branch: tuple[Term, ...]
     region: frozenset[fx.Node]
+    scaled_skip: Term
     absorbed: tuple[fx.Node, ...] = ()
-    skip_scale: Any = 1
-    branch_scale: Any = 1
     branch_first: bool = False
+    key: str = ""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from .aliases import version_of
 from .guards import CHECKS
+from .proxy import set_item
 from .reads import is_shape_read
 from .state import state_restored
 from .structure import clone_structure, has_hooks
@@ -27,32 +28,44 @@ class Kind(enum.Enum):
     POINTWISE = "acts on each element"
     REDUCE = "reduces an axis"
     NORM = "normalises"
+    CUT = "passes no gradient"
     MIX = "mixes"
 
 
-IDENTITIES = frozenset("contiguous to clone float half bfloat16 double type type_as identity requires_grad_".split())
+IDENTITIES = frozenset(
+    "contiguous to _to_copy clone alias float half bfloat16 double type type_as identity requires_grad_".split()
+)
 RANDOMS = frozenset(
-    "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout bernoulli bernoulli_ stochastic_depth drop_path "
+    "dropout dropout_ dropout1d dropout2d dropout3d feature_dropout bernoulli bernoulli_ stochastic_depth "
     "rand rand_like randn randn_like".split()
 )
 MOVES = frozenset(
     "view reshape permute transpose transpose_ flatten unflatten squeeze unsqueeze movedim moveaxis swapaxes swapdims "
     "t T mT view_as reshape_as roll flip rot90 expand expand_as repeat tile repeat_interleave pad getitem select "
-    "narrow chunk split tensor_split unbind cat concat concatenate stack pixel_shuffle pixel_unshuffle channel_shuffle "
-    "fold unfold rearrange set_item index_select gather as_strided constant_pad_nd".split()
+    "narrow slice chunk split tensor_split unbind cat concat concatenate stack pixel_shuffle pixel_unshuffle "
+    "channel_shuffle fold unfold rearrange set_item index_select gather as_strided constant_pad_nd".split()
 )
 POINTWISES = frozenset(
-    "add add_ iadd radd sub sub_ isub rsub mul mul_ imul multiply div div_ truediv itruediv true_divide neg neg_ pow "
-    "pow_ ipow square sqrt rsqrt exp exp_ expm1 log log1p log2 abs sin cos tan tanh tanh_ sigmoid sigmoid_ relu relu_ "
+    "add add_ iadd radd sub sub_ isub subtract rsub mul mul_ imul rmul multiply div div_ truediv itruediv rtruediv "
+    "rdiv true_divide divide neg neg_ pow pow_ ipow rpow "
+    "square sqrt rsqrt exp exp_ expm1 log log1p log2 abs sin cos tan tanh tanh_ sigmoid sigmoid_ relu relu_ "
     "relu6 gelu silu silu_ mish elu elu_ selu celu leaky_relu leaky_relu_ hardswish hardswish_ hardsigmoid "
     "hardsigmoid_ hardtanh hardtanh_ softplus softsign logsigmoid prelu erf clamp clamp_ clip clamp_min "
     "clamp_max maximum minimum where masked_fill masked_fill_ nan_to_num nan_to_num_ reciprocal sign floor ceil round "
-    "trunc addcmul addcmul_ addcdiv lerp eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or "
-    "threshold fill_ copy_ zeros_like ones_like full_like new_empty new_ones new_zeros new_full glu detach_".split()
+    "trunc addcmul addcmul_ addcdiv addcdiv_ lerp lerp_ "
+    "eq ne lt le gt ge logical_and logical_or logical_not bitwise_and bitwise_or "
+    "threshold fill_ copy_ zeros_like ones_like full_like new_empty new_ones new_zeros new_full glu".split()
 )
 REDUCES = frozenset("mean sum var std var_mean std_mean norm vector_norm amax amin logsumexp".split())
 NORMS = frozenset("layer_norm rms_norm group_norm batch_norm instance_norm normalize local_response_norm".split())
-LINEAR_POINTWISES = frozenset("add add_ iadd radd sub sub_ isub".split())
+LINEAR_POINTWISES = frozenset("add add_ iadd radd sub sub_ isub subtract rsub neg neg_ addcmul addcdiv lerp".split())
+PRODUCTS = frozenset("mul mul_ imul rmul multiply".split())
+QUOTIENTS = frozenset("div div_ divide truediv itruediv true_divide".split())
+FILLED_ALIKE = frozenset(  # tensors that take no more than shape and dtype from another
+    "zeros_like ones_like full_like empty_like rand_like randn_like new_empty new_ones new_zeros new_full".split()
+)
+CUTS = frozenset("detach detach_".split())
+HOMES = ("torch", "_operator", "operator", "math", "builtins", "einops", "torchvision.ops")
 
 POINTWISE_MODULES = tuple(
     getattr(nn, name)
@@ -79,6 +92,7 @@ class Kinds:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self.modules = dict(graph_module.named_modules(remove_duplicate=False))
         self._of_module: dict[int, Kind] = {}
+        self._constant: dict[fx.Node, bool] = {}
 
     def of(self, node: fx.Node) -> Kind:
         """Return the kind of ``node``; what is not known mixes."""
@@ -91,10 +105,14 @@ class Kinds:
         return Kind.IDENTITY if node.op == "output" else Kind.MIX
 
     def _of_name(self, node: fx.Node, name: str) -> Kind:
-        if name in ("mul", "mul_", "imul", "multiply", "div", "div_", "truediv", "itruediv", "true_divide"):
-            data = [n for n in node.all_input_nodes if not self.is_constant(n)]
-            return Kind.SCALE if len(data) <= 1 else Kind.POINTWISE
-        if name == "getattr" and node.args[1] in ("T", "mT", "H", "data"):
+        if not has_known_home(node):
+            return Kind.MIX
+        if name in PRODUCTS | QUOTIENTS:
+            scaled = self.scaled_by_constant(node, name)
+            return Kind.SCALE if scaled else Kind.POINTWISE
+        if name == "getattr" and node.args[1] == "data" or name in CUTS:
+            return Kind.CUT
+        if name == "getattr" and node.args[1] in ("T", "mT", "H"):
             return Kind.MOVE
         for names, kind in (
             (IDENTITIES, Kind.IDENTITY),
@@ -108,14 +126,35 @@ class Kinds:
                 return kind
         return Kind.MIX
 
+    def scaled_by_constant(self, node: fx.Node, name: str) -> bool:
+        """Whether a product or quotient scales one value: ``x * x``, ``1 / x`` and ``x // 2`` do not."""
+        data = [n for n in tensors_of(node) if not self.is_constant(n)]
+        if name in QUOTIENTS and (node.kwargs.get("rounding_mode") or data and data[0] is not _first(node)):
+            return False
+        return len(data) <= 1
+
     def is_constant(self, node: fx.Node) -> bool:
         """Whether ``node`` does not depend on the input: a parameter, a number, a view of one."""
-        if node.op == "get_attr":
-            return True
-        if is_shape_read(node):
+        waiting = [node]
+        while node not in self._constant:
+            current = waiting[-1]
+            known = self._constant_by(current)
+            if known is None:
+                waiting += [n for n in current.all_input_nodes if n not in self._constant]
+            else:
+                self._constant[current] = known
+                waiting.pop()
+        return self._constant[node]
+
+    def _constant_by(self, node: fx.Node) -> bool | None:
+        """Return :meth:`is_constant` as its operands decide it, None where they are yet to be asked."""
+        if node.op == "get_attr" or is_shape_read(node):
             return True
         cheap = node.op in ("call_function", "call_method") and name_of(node) in MOVES | POINTWISES | IDENTITIES
-        return cheap and all(self.is_constant(n) for n in node.all_input_nodes)
+        if not cheap or not has_known_home(node):
+            return False
+        known = [self._constant.get(n) for n in node.all_input_nodes]
+        return False if False in known else None if None in known else True
 
     def of_module(self, module: nn.Module) -> Kind:
         """Return the kind of a leaf module; the code of one that is not torch's is looked at."""
@@ -158,10 +197,10 @@ class Kinds:
             return Kind.MIX  # it keeps a state, which would change once a stream
         kinds = Kinds(inner)
         nodes = [n for n in inner.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
-        together = _together([kinds.of(n) for n in nodes])
-        if together is Kind.RANDOM and _adds_noise(inner.graph, kinds):
-            return Kind.MIX  # noise that is added is no mask
-        return together
+        found = [kinds.of(n) for n in nodes]
+        if Kind.RANDOM in found:  # the mask is what the module makes of ones
+            return Kind.RANDOM if _scales_at_random(inner.graph, kinds) else Kind.MIX
+        return _together(found)
 
 
 def _symbolic(module: nn.Module) -> fx.GraphModule:
@@ -175,30 +214,36 @@ def _symbolic(module: nn.Module) -> fx.GraphModule:
         return trace(module, {first: torch.randn(2, 3, 4)}, inline=frozenset({""})).graph_module
 
 
-def _adds_noise(graph: fx.Graph, kinds: Kinds) -> bool:
-    """Whether something random is added to data."""
-    random: set[fx.Node] = set()
+def _scales_at_random(graph: fx.Graph, kinds: Kinds) -> bool:
+    """Whether all that happens to the data is that it is scaled, by constants and random masks."""
     data: set[fx.Node] = set()
     for node in graph.nodes:
-        kind, sources = kinds.of(node), set(node.all_input_nodes)
-        if node.op == "placeholder" or kind is not Kind.SHAPE and sources & data:
+        sources = [n for n in tensors_of(node) if n in data]
+        kind, name = kinds.of(node), name_of(node)
+        if node.op == "placeholder":
             data.add(node)
-        if kind is Kind.RANDOM or sources & random:
-            random.add(node)
-        if name_of(node) in LINEAR_POINTWISES and sources & random and sources & data - random:
-            return True
-    return False
+        elif not sources or kind is Kind.SHAPE or name in FILLED_ALIKE:
+            continue
+        elif node.op == "output" or len(sources) == 1 and kind in (Kind.IDENTITY, Kind.SCALE):
+            data.add(node)
+        elif len(sources) == 1 and (kind is Kind.RANDOM and "bernoulli" not in name or name in PRODUCTS):
+            data.add(node)
+        elif len(sources) == 1 and name in QUOTIENTS and _first(node) in data:
+            data.add(node)
+        else:
+            return False
+    return all(n in data for n in tensors_of(graph.output_node()))
 
 
 def _together(kinds: list[Kind]) -> Kind:
     """Return the kind of operations applied one after the other."""
     present = set(kinds) - {Kind.SHAPE, Kind.IDENTITY}
-    if Kind.MIX in present:
+    if Kind.MIX in present or Kind.CUT in present:
         return Kind.MIX
+    if Kind.RANDOM in present:  # the mask is what comes of ones, which only scaling leaves as it is
+        return Kind.RANDOM if present <= {Kind.RANDOM, Kind.SCALE} else Kind.MIX
     if present & {Kind.NORM, Kind.REDUCE}:
-        return Kind.NORM if Kind.RANDOM not in present else Kind.MIX
-    if Kind.RANDOM in present:
-        return Kind.RANDOM
+        return Kind.NORM
     for kind in (Kind.POINTWISE, Kind.SCALE, Kind.MOVE):
         if kind in present:
             return kind
@@ -210,10 +255,40 @@ def _wide(parameter: torch.Tensor) -> bool:
 
 
 def name_of(node: fx.Node) -> str:
-    """Return the bare name of a function or method: "add" for ``+``, ``torch.add`` and ``.add``."""
-    if isinstance(node.target, str):
-        return node.target.rpartition(".")[2].strip("_") if node.target.startswith("__") else node.target
-    return str(getattr(node.target, "__name__", node.target))
+    """Return the bare name of a function or method: "add" for ``+``, ``torch.add``, ``.add``, ``aten.add.Tensor``."""
+    target: Any = node.target
+    if isinstance(target, str):
+        name = target.rpartition(".")[2]
+    else:
+        target = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+        name = str(getattr(target, "__name__", target))
+    return name.strip("_") if name.startswith("__") else name
+
+
+def has_known_home(node: fx.Node) -> bool:
+    """Whether a node's name means what it means in torch: a user's own function of that name may do anything."""
+    if node.op != "call_function" or node.target is set_item:
+        return True
+    target: Any = node.target
+    if getattr(target, "__objclass__", None) is torch._C.TensorBase:
+        return True
+    home = getattr(target, "__module__", None)
+    if home is None:
+        return type(target) is type(len)
+    if home.startswith("torch._ops."):
+        return home == "torch._ops.aten"
+    return any(home == known or home.startswith(known + ".") for known in HOMES)
+
+
+def tensors_of(node: fx.Node) -> list[fx.Node]:
+    """Return the tensors that a node is given, each as often as it is given."""
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), lambda n: found.append(n) if is_tensor(n) else None)
+    return found
+
+
+def _first(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def is_tensor(node: Any) -> bool:

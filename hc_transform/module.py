@@ -19,6 +19,7 @@ from .flat import flatten_graph, unflatten_graph
 from .hints import Hints
 from .options import Options
 from .pipeline import Analysis, analyse_again, log_left_out
+from .planner import with_keys_of
 from .regions import in_regions
 from .report import Report
 from .rewrite import rewritten_graph
@@ -83,6 +84,7 @@ class HyperConnectedModule(fx.GraphModule):
         self._hints = hints
         self._inlined = analysis.trace.inlined
         self._known = analysis.known
+        self._keys = {r.name: r.key for r in analysis.plan.residuals}
         self._variants: list[Variant] = []
         self._main.state = self._state = analysis.trace.state
         self.graph.lint()
@@ -217,7 +219,7 @@ class HyperConnectedModule(fx.GraphModule):
         finally:
             if connections is not None:
                 original._modules[CONNECTIONS_NAME] = connections
-        graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
+        graph = rewritten_graph(analysis.trace.graph_module, with_keys_of(analysis.plan, self._keys))
         adopt_constants(self, graph, analysis.trace.graph_module)
         log.info("traced again: %s", change)
         log_left_out(type(self).__name__, analysis)

@@ -12,10 +12,12 @@ from torch import fx, nn
 
 from .errors import PatternError, UnsupportedModel
 from .findings import Findings, Reason, Residual, Skipped
-from .kinds import LINEAR_POINTWISES, Kind, Kinds, name_of, shape_of
+from .keys import with_keys
+from .kinds import Kinds, name_of, shape_of
+from .nesting import without_nested
 from .options import Options
+from .passage import Passage, nonlinear_in
 from .trunks import (
-    Passage,
     Trunk,
     as_skipped,
     boundary_before,
@@ -23,7 +25,6 @@ from .trunks import (
     group,
     split,
     with_reads_of_their_own,
-    without_nested,
 )
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ class Plan:
 def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:
     """Group the residuals of ``graph_module`` into trunks.
 
-    Of trunks that nest or cross, the one with the most residuals is converted, unless
+    Of residuals that nest, the level with the most of them is converted, unless
     ``options.nested`` is "all".
 
     Raises:
@@ -73,13 +74,14 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
         skipped += nested
     active, shared = with_reads_of_their_own(active)
     skipped += shared
+    active = with_keys(active)
     groups = split(group(active, passage), passage)
     short = [members for members in groups if len(members) < options.min_residuals]
     skipped += [as_skipped(r, Reason.SHORT, f"{len(members)}") for members in short for r in members]
     groups = [members for members in groups if members not in short]
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     groups.sort(key=lambda members: order[members[0].add])
-    trunks = tuple(_trunk(i, members, groups[:i], passage) for i, members in enumerate(groups))
+    trunks = _trunks(groups, passage)
     if options.plain:
         skipped += [as_skipped(r, Reason.PLAIN) for t in trunks for r in t.residuals]
         trunks = ()
@@ -91,9 +93,14 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     return Plan(graph_module, trunks, (*verdicts, *skipped), options)
 
 
-def _trunk(index: int, members: list[Residual], earlier: list[list[Residual]], passage: Passage) -> Trunk:
-    boundary = boundary_before(members[0].skip, passage, {r.add for others in earlier for r in others})
-    return Trunk(index, tuple(members), carried_by(members, passage), boundary=boundary)
+def _trunks(groups: Sequence[list[Residual]], passage: Passage) -> tuple[Trunk, ...]:
+    trunks: list[Trunk] = []
+    earlier: set[fx.Node] = set()
+    for members in groups:
+        boundary = boundary_before(members[0].skip, passage, earlier)
+        trunks.append(Trunk(len(trunks), tuple(members), carried_by(members, passage), boundary=boundary))
+        earlier.update(r.add for r in members)
+    return tuple(trunks)
 
 
 def _selected(residuals: Sequence[Residual], options: Options) -> tuple[list[Residual], list[Skipped]]:
@@ -123,11 +130,14 @@ def _matches(residual: Residual, patterns: Iterable[str]) -> bool:
 
 def _refuse_nonlinear(trunks: Sequence[Trunk], kinds: Kinds) -> None:
     for trunk in trunks:
-        adds = {r.add for r in trunk.residuals}
-        for node in (*trunk.carried, *(op for r in trunk.residuals for op in r.skip_ops)):
-            linear = kinds.of(node) in (Kind.IDENTITY, Kind.SCALE, Kind.RANDOM, Kind.MOVE)
-            if linear or name_of(node) in LINEAR_POINTWISES or node in adds:
-                continue
+        carried = dict(trunk.carried)
+        for residual in trunk.residuals:
+            carried.update(
+                (op, (source,))
+                for source, op in zip((residual.skip, *residual.skip_ops), residual.skip_ops, strict=False)
+            )
+        node = nonlinear_in(carried, kinds)
+        if node is not None:
             raise UnsupportedModel(
                 f"init='mirrored' keeps only the mean of the streams, and trunk {trunk.index} (from "
                 f"{trunk.residuals[0].name}) carries a nonlinear operation: {node.name} at "
@@ -141,7 +151,7 @@ LAYER_AXES = {
 }
 
 
-def feature_axis(residual: Residual, graph: fx.Graph, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
+def feature_axis(residual: Residual, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
     """Return the feature axis of a residual's value, -1 or 1, and its size (None if unknown).
 
     The first layer of the branch tells: a convolution or batch norm has its features on axis 1,
@@ -149,9 +159,7 @@ def feature_axis(residual: Residual, graph: fx.Graph, modules: Mapping[str, nn.M
     branch permutes its input). Layers whose size fits neither axis are passed over.
     """
     shape = shape_of(residual.skip)
-    for node in graph.nodes:
-        if node not in residual.region:
-            continue
+    for node in sorted(residual.region):
         if shape is not None and node.op == "call_function" and name_of(node) in LAYER_AXES:
             axis = LAYER_AXES[name_of(node)]
             if len(shape) > 1 and shape_of(node.all_input_nodes[0]) == shape:
@@ -187,3 +195,11 @@ def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
     if type(module) is nn.MultiheadAttention:
         return -1, module.embed_dim
     return -1, None
+
+
+def with_keys_of(plan: Plan, keys: Mapping[str, str]) -> Plan:
+    """Return the plan of one kind of call with the keys that its residuals have in the plan of all, by their names."""
+    trunks = (
+        replace(t, residuals=tuple(replace(r, key=keys.get(r.name, r.key)) for r in t.residuals)) for t in plan.trunks
+    )
+    return replace(plan, trunks=tuple(trunks))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .additions import expand_key, key_of, readout_key
+from .additions import expand_key, readout_key
 from .findings import Residual
 from .kinds import Kind, Kinds, is_shape_read
 from .planner import Plan
@@ -55,22 +55,23 @@ class ReferenceInterpreter(NamedInputs):
         self.readout = plan.options.readout
         self.kinds = Kinds(plan.graph_module)
         self.modules = connections
-        self.connections = {r.name: connections[key_of(r.name)] for r in plan.residuals}
+        self.connections = {r.name: connections[r.key] for r in plan.residuals}
         self.trunk_of: dict[fx.Node, Trunk] = {}
         self.by_add = {r.add: r for r in plan.residuals}
         for trunk in plan.trunks:
             for residual in trunk.residuals:
                 nodes = (residual.skip, *residual.skip_ops, residual.add)
                 self.trunk_of.update(dict.fromkeys(nodes, trunk))
-            self.trunk_of.update(dict.fromkeys((*trunk.carried, *trunk.carried.values()), trunk))
-        self.carried = {node: source for trunk in plan.trunks for node, source in trunk.carried.items()}
+            self.trunk_of.update((n, trunk) for node, sources in trunk.carried.items() for n in (node, *sources))
+        self.carried = {node: sources for trunk in plan.trunks for node, sources in trunk.carried.items()}
         for residual in plan.residuals:
-            self.carried.update(zip(residual.skip_ops, (residual.skip, *residual.skip_ops), strict=False))
-        self.read_by: dict[fx.Node, Residual] = {}
+            sources = (residual.skip, *residual.skip_ops)
+            self.carried.update((op, (source,)) for op, source in zip(residual.skip_ops, sources, strict=False))
+        self.read_by: dict[fx.Node, dict[fx.Node, Residual]] = {}  # by reader and skip
         for residual in plan.residuals:
             for reader in readers_of(residual):
                 if not is_shape_read(reader):
-                    self.read_by.setdefault(reader, residual)
+                    self.read_by.setdefault(reader, {}).setdefault(residual.skip, residual)
         self.streams: dict[fx.Node, Tensor] = {}  # [n, ...]
         self.coefficients: dict[str, tuple[Tensor, Tensor, Tensor, int]] = {}
         self.written: dict[str, Tensor] = {}
@@ -80,21 +81,20 @@ class ReferenceInterpreter(NamedInputs):
         if n in self.by_add:
             self.streams[n] = self._write(self.by_add[n])
         elif n in self.carried:
-            self.streams[n] = self._carry(n, self.carried[n], self._streams_at(self.carried[n]))
+            self.streams[n] = self._carry(n, {source: self._streams_at(source) for source in self.carried[n]})
         else:
             return super().run_node(n)
         return self._readout(self.streams[n], self.trunk_of[n])
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         """Return a node's arguments; where a branch begins, the read in place of the skip."""
-        if n not in self.read_by:
-            return super().fetch_args_kwargs_from_env(n)
-        residual = self.read_by[n]
-        plain, self.env[residual.skip] = self.env[residual.skip], self._read(residual)
+        plain = self.env
+        reads = {skip: self._read(residual) for skip, residual in self.read_by.get(n, {}).items()}
+        self.env = {**plain, **reads} if reads else plain
         try:
             return super().fetch_args_kwargs_from_env(n)
         finally:
-            self.env[residual.skip] = plain
+            self.env = plain
 
     def _streams_at(self, value: fx.Node) -> Tensor:
         if value not in self.streams:
@@ -157,24 +157,37 @@ class ReferenceInterpreter(NamedInputs):
         _, h_post, h_res, axis = self._coefficients_of(residual)
         streams = self._streams_at((residual.skip, *residual.skip_ops)[-1])
         rows = _to_rows(streams, self.fractions, axis)
-        branch = sum(self.env[term] for term in residual.branch) * residual.branch_scale
+        zeros = {term.factors[0]: torch.zeros_like(self.env[term.factors[0]]) for term in residual.branch}
+        skip: Any = residual.scaled_skip.value
+        branch = self._sum(residual, {skip: torch.zeros_like(streams[0])})
         parts = _to_rows(branch[None], self.fractions, axis)
         mixed = torch.stack([(_broadcast(weights, rows) * rows).sum(0) for weights in h_res])
         given = torch.stack([(_broadcast(weights, parts) * parts).sum(0) for weights in h_post])
-        written = _from_rows(residual.skip_scale * mixed + given, self.fractions, axis)
+        mixed = _from_rows(mixed, self.fractions, axis)
+        kept = torch.stack([self._sum(residual, {**zeros, skip: stream}) for stream in mixed])
+        written = kept + _from_rows(given, self.fractions, axis)
         self.written[residual.name] = written
         return written.to(torch.promote_types(streams.dtype, branch.dtype))
 
-    def _carry(self, node: fx.Node, source: fx.Node, streams: Tensor) -> Tensor:
+    def _sum(self, residual: Residual, given: Mapping[fx.Node, Tensor]) -> Tensor:
+        """Return the sum with other values for some of its terms: it is the skip's part and the branch's, added up."""
+        values = {**self.env, **given}
+        for node in sorted((*residual.absorbed, residual.add)):
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _cloned(values[n]))
+            values[node] = getattr(self, node.op)(node.target, args, kwargs)
+        return values[residual.add]
+
+    def _carry(self, node: fx.Node, streams: Mapping[fx.Node, Tensor]) -> Tensor:
         if node.op == "call_module":
             module = self.submodules[str(node.target)]
             if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-                return module(streams.flatten(0, 1)).unflatten(0, streams.shape[:2])
+                (only,) = streams.values()
+                return module(only.flatten(0, 1)).unflatten(0, only.shape[:2])
         results, state = [], torch.get_rng_state()
-        for stream in streams:
+        for each in zip(*streams.values(), strict=True):
             if self.kinds.of(node) is Kind.RANDOM:
                 torch.set_rng_state(state)
-            values = {**self.env, source: stream}
+            values = {**self.env, **dict(zip(streams, each, strict=True))}
             copies = {n: _cloned(values[n]) for n in node.all_input_nodes}
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), copies.__getitem__)
             results.append(getattr(self, node.op)(node.target, args, kwargs))

@@ -14,11 +14,9 @@ from . import carrier
 from . import streams as ops
 from .additions import (
     CONNECTIONS_NAME,
-    DROPOUT_KEY,
     connection_dict,
     expand_key,
     features_of,
-    key_of,
     make_connections,
     readout_key,
 )
@@ -27,9 +25,11 @@ from .connections import Connection
 from .errors import UnsupportedModel
 from .findings import Residual
 from .guards import CHECKS
+from .keys import DROPOUT_KEY
 from .kinds import Kinds, is_shape_read, shape_of
 from .planner import Plan
-from .trunks import Trunk, readers_of
+from .spellings import Term
+from .trunks import Trunk, readers_of, way_between
 
 log = logging.getLogger("hc_transform")
 
@@ -63,7 +63,7 @@ def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
     output = gm.graph.output_node()
     graph.output(result).meta.update(output.meta)
     kinds = Kinds(gm)
-    outer_reads: list[tuple[Residual, fx.Node]] = []
+    outer_reads: dict[fx.Node, list[tuple[Residual, fx.Node]]] = {}  # by skip
     for trunk in sorted(plan.trunks, key=lambda t: -max(len(r.region) for r in t.residuals)):  # outer before inner
         _TrunkRewriter(graph, copies, trunk, kinds, plan, outer_reads).run()
     log.info("rewrote %d residuals on %d trunks", len(plan.residuals), len(plan.trunks))
@@ -80,7 +80,7 @@ class _TrunkRewriter:
         trunk: Trunk,
         kinds: Kinds,
         plan: Plan,
-        outer_reads: list[tuple[Residual, fx.Node]],
+        outer_reads: dict[fx.Node, list[tuple[Residual, fx.Node]]],
     ) -> None:
         self.graph = graph
         self.copies = copies
@@ -99,12 +99,12 @@ class _TrunkRewriter:
             self._write(residual)
         self._leave()
         gone = self._gone()
+        copies = {self.copies[node] for node in gone}
         for value in self.streams:
             if value in gone:
-                self._serve_other_users(value, {self.copies[node] for node in gone})
-        for node in reversed(list(self.graph.nodes)):
-            if node in {self.copies[n] for n in gone}:
-                self.graph.erase_node(node)
+                self._serve_other_users(value, copies)
+        for node in sorted(copies, reverse=True):
+            self.graph.erase_node(node)
 
     def _gone(self) -> set[fx.Node]:
         """Return the nodes of the plan's graph whose work is done on streams from now on."""
@@ -115,27 +115,29 @@ class _TrunkRewriter:
 
     def _streams_of(self, value: fx.Node, residual: Residual) -> fx.Node:
         """Return the streams of a trunk value: known, carried there, or expanded."""
-        if value in self.streams:
-            return self.streams[value]
-        if value in self.trunk.carried:
-            source = self.trunk.carried[value]
-            made = self._carry(value, source, self._streams_of(source, residual), self.copies[value])
-            self.keys[value] = self.keys.get(source, key_of(residual.name))
-        else:
-            node = self.copies[value] if value is self.trunk.entry else self._value_for(residual)
-            after = node
-            while node.op == "placeholder" and (after.next.op == "placeholder" or after.next.target in CHECKS):
-                after = after.next
-            key = f"{key_of(residual.name)}_expand"
-            with self.graph.inserting_after(after):
-                if value is self.trunk.entry:
-                    made = self._new(carrier.enter, (node, self.options.num_streams), key, value)
-                elif self.options.stream_embedding:
-                    made = self._module(expand_key(self.trunk), (node,), key, value)
-                else:
-                    made = self._new(ops.expand, (node, self.options.num_streams), key, value)
-        self.streams[value] = made
-        return made
+        for node in sorted(way_between(value, self.trunk.carried, self.streams)):
+            operands = self.trunk.carried[node]
+            for operand in operands:
+                if operand not in self.streams:
+                    self.streams[operand] = self._expand(operand, residual)
+            self.streams[node] = self._carry(node, operands, self.copies[node])
+            self.keys[node] = self.keys.get(operands[0], residual.key)
+        if value not in self.streams:
+            self.streams[value] = self._expand(value, residual)
+        return self.streams[value]
+
+    def _expand(self, value: fx.Node, residual: Residual) -> fx.Node:
+        node = self.copies[value] if value is self.trunk.entry else self._value_for(residual)
+        after = node
+        while node.op == "placeholder" and (after.next.op == "placeholder" or after.next.target in CHECKS):
+            after = after.next
+        key = f"{residual.key}_expand"
+        with self.graph.inserting_after(after):
+            if value is self.trunk.entry:
+                return self._new(carrier.enter, (node, self.options.num_streams), key, value)
+            if self.options.stream_embedding:
+                return self._module(expand_key(self.trunk), (node,), key, value)
+            return self._new(ops.expand, (node, self.options.num_streams), key, value)
 
     def _leave(self) -> None:
         """Hand the streams on where the trunk goes on outside of the graph."""
@@ -150,7 +152,7 @@ class _TrunkRewriter:
 
     def _read(self, residual: Residual) -> None:
         streams = self._streams_of(residual.skip, residual)
-        key = key_of(residual.name)
+        key = residual.key
         with self.graph.inserting_after(streams):
             coefficients = self._module(key, (streams,), f"{key}_coefficients", residual.add)
         with self.graph.inserting_after(coefficients):
@@ -159,35 +161,35 @@ class _TrunkRewriter:
         self._coefficients = coefficients
         self.reads.setdefault(residual.skip, read)
         value = self._value_for(residual)
-        self.outer_reads.append((residual, read))
+        self.outer_reads.setdefault(residual.skip, []).append((residual, read))
         for reader in readers_of(residual):
             if not is_shape_read(reader):
                 self.copies[reader].replace_input_with(value, read)
 
     def _value_for(self, residual: Residual) -> fx.Node:
         """Return the skip's value: inside the branch of another residual on the same value, that one's read."""
-        for outer, read in reversed(self.outer_reads):
-            if outer.skip is residual.skip and residual.add in outer.region:
+        for outer, read in reversed(self.outer_reads.get(residual.skip, [])):
+            if residual.add in outer.region:
                 return read
         return self.copies[residual.skip]
 
     def _write(self, residual: Residual) -> None:
         add = self.copies[residual.add]
-        streams, source = self.streams[residual.skip], residual.skip
+        source = residual.skip
         for op in residual.skip_ops:
             if op not in self.streams:  # where it stands, so that random draws keep their order
-                self.streams[op] = self._carry(op, source, streams, self.copies[op])
-                self.keys[op] = key_of(residual.name)
-            streams, source = self.streams[op], op
+                self.streams[op] = self._carry(op, (source,), self.copies[op])
+                self.keys[op] = residual.key
+            source = op
+        streams = self.streams[source]
         with self.graph.inserting_before(add):
-            if residual.skip_scale != 1:
-                streams = self._new(ops.carry, ("mul", streams, residual.skip_scale), None, residual.add)
-            branch = self.copies[residual.branch[0]]
+            scale = self._scale(residual.scaled_skip)
+            if scale is not None:
+                streams = self._new(ops.carry, ("mul", streams, scale), None, residual.add)
+            branch = self._term(residual.branch[0], residual)
             for term in residual.branch[1:]:
-                branch = self.graph.call_function(operator.add, (branch, self.copies[term]))
-            if residual.branch_scale != 1:
-                branch = self.graph.call_function(operator.mul, (branch, residual.branch_scale))
-            key = key_of(residual.name)
+                branch = self.graph.call_function(operator.add, (branch, self._term(term, residual)))
+            key = residual.key
             function = ops.write_recomputed if self.options.recompute else ops.write
             first = (True,) if residual.branch_first else ()
             written = self._new(function, (streams, branch, self._coefficients, *first), f"{key}_write", residual.add)
@@ -197,17 +199,31 @@ class _TrunkRewriter:
         self.streams[residual.add] = written
         self.keys[residual.add] = key
 
-    def _carry(self, node: fx.Node, source: fx.Node, streams: fx.Node, before: fx.Node) -> fx.Node:
-        """Apply the operation ``node`` to every stream of ``source``, at the place ``before``."""
-        position = next(i for i, a in enumerate(node.args) if a is source)
+    def _term(self, term: Term, residual: Residual) -> fx.Node:
+        """Return the value of a term of the branch."""
+        made = self.copies[term.factors[0]]
+        if term.combine is not None:
+            given = (self.copies.get(a, a) if isinstance(a, fx.Node) else a for a in (*term.factors, *term.rest))
+            made = self.graph.call_function(term.combine, tuple(given))
+        scale = self._scale(term)
+        return made if scale is None else self.graph.call_function(operator.mul, (made, scale))
+
+    def _scale(self, term: Term) -> Any:
+        """Return what a term is scaled by, None if it is not."""
+        if not isinstance(term.scale, fx.Node):
+            return term.scale if term.scale != 1 else None
+        scale = self.copies[term.scale]
+        return self.graph.call_function(operator.sub, (1, scale)) if term.complement else scale
+
+    def _carry(self, node: fx.Node, operands: tuple[fx.Node, ...], before: fx.Node) -> fx.Node:
+        """Apply the operation ``node`` to every stream of ``operands``, at the place ``before``."""
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.copies[n])
-        rest = (*args[:position], *args[position + 1 :])
-        kwargs = {**kwargs, "position": position} if position else dict(kwargs)
+        streams = {operand: self.streams[operand] for operand in operands}
         with self.graph.inserting_before(before):
             target: Any = node.target
             if node.op == "call_module":
                 target = self.graph.create_node("get_attr", str(node.target), (), {})
-            target, arguments, kwargs = carried_call(node, self.kinds, target, streams, rest, kwargs)
+            target, arguments, kwargs = carried_call(node, self.kinds, target, streams, args, kwargs)
             made = self._new(target, arguments, f"{node.name}_streams", node)
             made.kwargs = kwargs
         return made

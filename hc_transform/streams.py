@@ -296,6 +296,42 @@ def carry_on_copies(
     return carry(op, [stream.clone() for stream in streams], *args, position=position, **kwargs)
 
 
+def carry_together(
+    op: Callable[..., Tensor] | str,
+    operands: Sequence[Sequence[Tensor]],
+    *args: Any,
+    positions: Sequence[int],
+    **kwargs: Any,
+) -> Streams:
+    """Apply ``op`` to the first stream of every operand, to the second of every operand, and so on.
+
+    ``positions`` is where the operands stand among ``op``'s positional arguments, in order.
+
+    >>> x, y = expand(torch.full((2,), 3.0), 2), expand(torch.full((2,), 5.0), 2)
+    >>> [s.tolist() for s in carry_together(torch.lerp, (x, y), 0.5, positions=(0, 1))]
+    [[4.0, 4.0], [4.0, 4.0]]
+    """
+    made = []
+    for values in zip(*operands, strict=True):
+        arguments = list(args)
+        for position, value in zip(positions, values, strict=True):
+            arguments.insert(position, value)
+        made.append(_call(op, arguments, kwargs))
+    return tuple(made)
+
+
+def carry_together_on_copies(
+    op: Callable[..., Tensor] | str,
+    operands: Sequence[Sequence[Tensor]],
+    *args: Any,
+    positions: Sequence[int],
+    **kwargs: Any,
+) -> Streams:
+    """Apply an in-place ``op`` as :func:`carry_together` does, to copies of the streams."""
+    copies = [[stream.clone() for stream in streams] for streams in operands]
+    return carry_together(op, copies, *args, positions=positions, **kwargs)
+
+
 def carry_random(
     op: Callable[..., Tensor] | str,
     streams: Sequence[Tensor],
@@ -310,6 +346,20 @@ def carry_random(
     """
     mask = _apply(op, torch.ones_like(streams[0]), args, position, kwargs)
     return tuple(stream * mask for stream in streams)
+
+
+def scattered(source: Tensor, like: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return zeros of the shape of ``like`` with ``source`` added at ``index``: what ``index_add`` adds.
+
+    >>> scattered(torch.ones(1, 2), torch.empty(2, 2), 0, torch.tensor([1])).tolist()
+    [[0.0, 0.0], [1.0, 1.0]]
+    """
+    return source.new_zeros(like.shape).index_add(dim, index, source)
+
+
+def summed_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum over a batch of matrix products, what ``addbmm`` adds."""
+    return torch.bmm(a, b).sum(0)
 
 
 def carry_folded(op: Callable[[Tensor], Tensor], streams: Sequence[Tensor]) -> Streams:
@@ -340,9 +390,13 @@ def _tracks_variance(module: Any) -> bool:
 def _apply(
     op: Callable[..., Tensor] | str, x: Tensor, args: tuple[Any, ...], position: int, kwargs: dict[str, Any]
 ) -> Tensor:
+    return _call(op, [*args[:position], x, *args[position:]], kwargs)
+
+
+def _call(op: Callable[..., Tensor] | str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
     if isinstance(op, str):
-        return getattr(x, op)(*args, **kwargs)
-    return op(*args[:position], x, *args[position:], **kwargs)
+        return getattr(args[0], op)(*args[1:], **kwargs)
+    return op(*args, **kwargs)
 
 
 def _weighted_sum(weights: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -255,7 +255,8 @@ def test_what_is_read_may_change(kind, scope):
 
 
 @pytest.mark.parametrize(
-    "kind, scope", [("number", "graph"), ("enum", "graph"), ("config", "graph"), ("number", "blocks"), ("None", "blocks")]
+    "kind, scope",
+    [("number", "graph"), ("enum", "graph"), ("config", "graph"), ("number", "blocks"), ("None", "blocks")],
 )
 def test_compiled_code_minds_what_is_read(kind, scope):
     torch._dynamo.reset()
