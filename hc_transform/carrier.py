@@ -40,7 +40,7 @@ OF_ONE_STREAM = frozenset(
     "is_floating_point is_complex element_size get_device __len__".split()
 )
 # What these give is the same operation on each stream: engines move and cast by them what a block is given.
-CARRIED = frozenset("to cpu cuda half float double bfloat16".split())
+CARRIED = frozenset("to cpu cuda half float double bfloat16 contiguous".split())
 
 
 class TrunkValue(Tensor):
@@ -130,8 +130,12 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             return func(first.streams[0], *args[1:], **kwargs)
         if name == "requires_grad":
             return any([stream.requires_grad for stream in first.streams])
+        if name == "contiguous" and all([s.is_contiguous(*args[1:], **kwargs) for s in first.streams]):
+            return first
         if name in CARRIED:
-            return hand_on(tuple([func(s, *args[1:], **kwargs) for s in first.streams]), first.step, first.reduction)
+            streams = tuple([func(s, *args[1:], **kwargs) for s in first.streams])
+            same = all([new is old for new, old in zip(streams, first.streams, strict=True)])
+            return first if same else hand_on(streams, first.step, first.reduction)
         if reason := refused(name):
             raise UnsupportedModel(f"{name} of a value between two converted blocks is not possible: {reason}.")
     write = write_of(name, args, kwargs)
@@ -273,23 +277,27 @@ def enter(value: Any, num_streams: int) -> Streams:
     >>> len(enter(torch.ones(2), 4))
     4
     """
-    if type(value) is not TrunkValue:
-        return expand(value, num_streams)
     if torch.compiler.is_compiling():
-        for tensor in value.traced:
-            _unwritten(tensor)
-    else:
+        for tensor in value.traced if type(value) is TrunkValue else (value,):
+            _unwritten(tensor, type(value) is TrunkValue)
+    elif type(value) is TrunkValue:
         settle(value)
-    return value.streams
+    return value.streams if type(value) is TrunkValue else expand(value, num_streams)
 
 
 @torch.compiler.allow_in_graph
-def _unwritten(tensor: Tensor) -> Tensor:
-    """Return ``tensor``; raise while tracing if something was written into it that no stream has seen."""
-    if tensor._version:
+def _unwritten(tensor: Tensor, shared: bool) -> Tensor:
+    """Return ``tensor``; raise while tracing if something was written into it that no stream has seen.
+
+    Args:
+        tensor: a readout that was given out, the shell of a trunk value, or (not ``shared``) any tensor, which is a
+            shell if something wrote past ``__torch_function__`` and Dynamo no longer knows its class.
+        shared: whether it is known to be one of the first two.
+    """
+    if tensor._version and (shared or tensor.numel() > 1 and not any(tensor.stride())):
         raise UnsupportedModel(
-            "compiled code cannot write into a value between two converted blocks by x[...] = value, by torch.relu_ and "
-            "the like, or through a view of it. Use a method (x.mul_(2)), make a new tensor, or leave this code "
+            "compiled code cannot write into a value between two converted blocks by x[...] = value, by torch.relu_ "
+            "and the like, or through a view of it. Use a method (x.mul_(2)), make a new tensor, or leave this code "
             "uncompiled"
         )
     return tensor
