@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 from .errors import UnsupportedModel
-from .streams import Streams, expand, readout
+from .streams import Streams, expand, readout, transformed
 from .writes import Write, name_of, refused, write_of
 
 OF_ONE_STREAM = frozenset(
@@ -211,7 +211,7 @@ def _shell(streams: Streams, mode: str) -> Tensor:
     """Return what stands for ``streams`` in C++: of their shape, with the readout's gradient, without its values."""
     if torch.compiler.is_exporting():
         return streams[0]
-    if torch._C._are_functorch_transforms_active():
+    if transformed():
         return torch.empty(0)
     return _without_values(mode, *streams)
 

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import operator
-import types
-from dataclasses import dataclass
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import hc_transform as hct
 from hc_transform.carrier import TrunkValue, enter, read_out
