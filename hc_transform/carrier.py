@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import UnsupportedModel
 from .streams import Streams, expand, readout, transformed
-from .writes import Write, name_of, refused, write_of
+from .writes import Write, name_of, refusal, write_of
 
 OF_ONE_STREAM = frozenset(
     "shape ndim dtype device layout is_cuda is_meta is_sparse is_quantized is_nested itemsize size dim numel nelement "
@@ -51,7 +51,7 @@ class TrunkValue(Tensor):
         step: how many block calls of its chain it has passed.
         reduction: how it is read out, "mean" or "sum".
         given: the readouts that were given out, by whether gradients were recorded, each with its version then.
-        traced: the readouts that were given out in compiled code.
+        traced: what compiled code must not write into: the readouts that it gave out, and what it made the value of.
     """
 
     streams: Streams
@@ -81,6 +81,7 @@ class TrunkValue(Tensor):
         if torch.compiler.is_compiling():
             value = readout(self.streams, self.reduction)
             if len(self.streams) > 1:
+                value = _made(value)
                 self.traced = (*self.traced, value)
             return value
         settle(self)
@@ -94,6 +95,10 @@ class TrunkValue(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _on_readouts(func, args, kwargs or {})
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """Refuse: torch would set the memory of what stands for the streams in C++."""
+        raise UnsupportedModel(refusal("set_"))
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"TrunkValue({len(self.streams)} streams of {tuple(self.streams[0].shape)})"
@@ -128,6 +133,11 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if type(first) is TrunkValue:
         if name in OF_ONE_STREAM:
             return func(first.streams[0], *args[1:], **kwargs)
+        if name == "grad":
+            return None
+        if name == "stride" and not torch.compiler.is_compiling():  # which Dynamo's guards compare with that in C++
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         if name == "requires_grad":
             return any([stream.requires_grad for stream in first.streams])
         if name == "contiguous" and all([s.is_contiguous(*args[1:], **kwargs) for s in first.streams]):
@@ -136,8 +146,8 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             streams = tuple([func(s, *args[1:], **kwargs) for s in first.streams])
             same = all([new is old for new, old in zip(streams, first.streams, strict=True)])
             return first if same else hand_on(streams, first.step, first.reduction)
-        if reason := refused(name):
-            raise UnsupportedModel(f"{name} of a value between two converted blocks is not possible: {reason}.")
+        if reason := refusal(name):
+            raise UnsupportedModel(reason)
     write = write_of(name, args, kwargs)
     if write is not None and type(write.target) is TrunkValue:
         if write.carried or write.random or torch.compiler.is_compiling():
@@ -213,7 +223,8 @@ def _shell(streams: Streams, mode: str) -> Tensor:
         return streams[0]
     if transformed():
         return torch.empty(0)
-    return _without_values(mode, *streams)
+    shell = _without_values(mode, *streams)
+    return _made(shell) if torch.compiler.is_compiling() else shell
 
 
 @torch.compiler.allow_in_graph
@@ -279,22 +290,23 @@ def enter(value: Any, num_streams: int) -> Streams:
     """
     if torch.compiler.is_compiling():
         for tensor in value.traced if type(value) is TrunkValue else (value,):
-            _unwritten(tensor, type(value) is TrunkValue)
+            _unwritten(tensor)
     elif type(value) is TrunkValue:
         settle(value)
     return value.streams if type(value) is TrunkValue else expand(value, num_streams)
 
 
 @torch.compiler.allow_in_graph
-def _unwritten(tensor: Tensor, shared: bool) -> Tensor:
-    """Return ``tensor``; raise while tracing if something was written into it that no stream has seen.
+def _made(tensor: Tensor) -> Tensor:
+    """Return ``tensor``; while tracing the fake tensor remembers that nothing is to be written into it."""
+    tensor.hc_unwritten = tensor._version  # type: ignore[attr-defined]
+    return tensor
 
-    Args:
-        tensor: a readout that was given out, the shell of a trunk value, or (not ``shared``) any tensor, which is a
-            shell if something wrote past ``__torch_function__`` and Dynamo no longer knows its class.
-        shared: whether it is known to be one of the first two.
-    """
-    if tensor._version and (shared or tensor.numel() > 1 and not any(tensor.stride())):
+
+@torch.compiler.allow_in_graph
+def _unwritten(tensor: Tensor) -> Tensor:
+    """Return ``tensor``; raise while tracing if it was made here and written into since."""
+    if getattr(tensor, "hc_unwritten", tensor._version) != tensor._version:
         raise UnsupportedModel(
             "compiled code cannot write into a value between two converted blocks by x[...] = value, by torch.relu_ "
             "and the like, or through a view of it. Use a method (x.mul_(2)), make a new tensor, or leave this code "

@@ -76,6 +76,8 @@ def write_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Write 
     return Write(target, bare in POINTWISE or bare in RESHAPED, bare in DROPOUTS, name != "__setitem__")
 
 
-def refused(name: str) -> str:
+def refusal(name: str) -> str:
     """Return why what a function does to a trunk value could not reach its streams; "" if it can."""
-    return REFUSED.get(name, "")
+    return (
+        f"{name} of a value between two converted blocks is not possible: {REFUSED[name]}." if name in REFUSED else ""
+    )
