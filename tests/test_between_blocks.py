@@ -222,7 +222,7 @@ def test_what_compiled_code_cannot_write_is_an_error(write):
     torch._dynamo.reset()
     with (
         torch.no_grad(),
-        pytest.raises(Exception, match="cannot write into a value between two converted blocks|single memory location"),
+        pytest.raises(Exception, match="cannot write into a value between two converted blocks"),
     ):
         torch.compile(hc, backend="aot_eager", fullgraph=True)(torch.randn(2, D))
 
