@@ -18,6 +18,8 @@ from .carrier import read_out
 from .errors import UnsupportedModel
 from .hooks import observe
 
+BACKWARD_HOOKS = ("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
+
 
 def install(block: nn.Module, runner: BlockRunner, modules: nn.ModuleDict) -> None:
     """Make ``block`` run ``runner``'s graphs, with the new ``modules`` under ``hyper_connections``."""
@@ -48,10 +50,13 @@ def block_class(base: Any) -> Any:
     def register_forward_pre_hook(self: nn.Module, hook: Any, **settings: Any) -> Any:
         return base.register_forward_pre_hook(self, observe(hook, before=True), **settings)
 
-    def register_full_backward_hook(self: nn.Module, *args: Any, **settings: Any) -> Any:
-        if any(call.leaves for call in self.__dict__[RUNNER].plan.calls):
-            raise UnsupportedModel(_backward_hooks(self.__dict__[RUNNER].plan.path))
-        return base.register_full_backward_hook(self, *args, **settings)
+    def backward_hook(name: str) -> Any:
+        def register(self: nn.Module, *args: Any, **settings: Any) -> Any:
+            if any(call.leaves for call in self.__dict__[RUNNER].plan.calls):
+                raise UnsupportedModel(_backward_hooks(self.__dict__[RUNNER].plan.path))
+            return getattr(base, name)(self, *args, **settings)
+
+        return register
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         return _remade, (base,), self.__dict__
@@ -63,7 +68,7 @@ def block_class(base: Any) -> Any:
             "forward": forward,
             "register_forward_hook": register_forward_hook,
             "register_forward_pre_hook": register_forward_pre_hook,
-            "register_full_backward_hook": register_full_backward_hook,
+            **{name: backward_hook(name) for name in BACKWARD_HOOKS},
             "__reduce_ex__": reduce,
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,

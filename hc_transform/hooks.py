@@ -8,8 +8,10 @@ import torch
 from torch.utils import _pytree as pytree
 
 from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
+from .compare import OPAQUE
 from .errors import UnsupportedModel
 
+PLAIN = (torch.Tensor, int, float, complex, str, bytes, type(None))  # holds nothing else
 ENGINES = ("torch.distributed.", "accelerate.")  # they take tensors apart and put them together again
 
 
@@ -66,8 +68,35 @@ def call_hooks(module: Any, args: Any, kwargs: Any, output: Any) -> None:
 
 
 def read_outputs(module: Any, args: Any, output: Any) -> Any:
-    """Return a module's output with readouts in place of streams: a forward hook for the module around a chain."""
+    """Return a module's output with readouts in place of streams: a forward hook for the module around a chain.
+
+    Plain objects and dataclasses among the outputs stay the objects that they are.
+    """
+    for leaf in pytree.tree_leaves(output, is_leaf=is_trunk_value):
+        if not isinstance(leaf, PLAIN):
+            _read_within(leaf, set())
     return read_out(output) if holds_streams(output) else None
+
+
+def _read_within(value: Any, seen: set[int]) -> None:
+    """Put readouts in place of streams in the attributes of an object, and of those that it holds."""
+    if id(value) in seen or isinstance(value, PLAIN) or isinstance(value, OPAQUE):
+        return
+    if torch.compiler.is_compiling():  # elsewhere a trunk value does as a tensor
+        attributes = {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
+    else:
+        seen.add(id(value))
+        attributes = dict(getattr(value, "__dict__", ()))
+        for cls in type(value).__mro__:
+            slots = cls.__dict__.get("__slots__", ())
+            names = (slots,) if isinstance(slots, str) else slots
+            attributes.update({name: getattr(value, name) for name in names if hasattr(value, name)})
+    for name, held in attributes.items():
+        if holds_streams(held):
+            object.__setattr__(value, name, read_out(held))
+        if not isinstance(held, PLAIN):
+            for leaf in pytree.tree_leaves(held, is_leaf=is_trunk_value):
+                _read_within(leaf, seen)
 
 
 def _moved(given: Any, seen: Any, result: Any) -> Any:
@@ -80,7 +109,7 @@ def _moved(given: Any, seen: Any, result: Any) -> Any:
     for value, old, new in zip(values, before, after, strict=True):
         if type(value) is TrunkValue:
             if new is not old and new.shape == old.shape:
-                value = TrunkValue(tuple(s + (new - old) for s in value.streams), value.step, value.mode)
+                value = TrunkValue(tuple(s + (new - old) for s in value.streams), value.step, value.reduction)
             elif new is not old:
                 value = new
         else:

@@ -2,7 +2,8 @@
 
 A compiler sees a single call in place of 2 * iterations reductions and as many divisions, and the
 backward pass keeps the logits alone. On NVIDIA GPUs forward and backward are one Triton kernel each, in
-fp32 and for n up to 16; everything else, and exported programs, run in the operations of torch below.
+fp32 and for n up to 16; everything else runs in the operations of torch below. So do exported programs, the
+transforms of ``torch.func``, forward mode and gradients of gradients: an operator has no rules for them.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .streams import transformed
 
 
 class SinkhornError(NamedTuple):
@@ -64,7 +67,7 @@ def sinkhorn(logits: Tensor, iterations: int = 20, eps: float = 0.0) -> Tensor:
         raise ValueError(f"sinkhorn needs at least 1 iteration, got {iterations}")
     if logits.dtype not in (torch.float32, torch.float64):
         logits = logits.float()
-    if torch.compiler.is_exporting():  # exported programs run where this package is not
+    if torch.compiler.is_exporting() or transformed():  # exported programs run where this package is not
         return _by_torch(logits, iterations, eps)
     return _sinkhorn(logits, iterations, eps)
 
@@ -97,19 +100,7 @@ def _sinkhorn_backward(grad: Tensor, logits: Tensor, iterations: int, eps: float
     """Return the gradient of the logits; the forward pass is run again, keeping its sums."""
     if kernels := _kernels_for(logits):
         return kernels.backward(grad, logits, iterations, eps)
-    x = _to_planes(logits)
-    p, sums = _iterate(x, iterations, eps)
-    g = _to_planes(grad)
-    for axis, total in reversed(sums):  # p = before / total, so before = p * total
-        g = (g - (g * p).sum(axis, keepdim=True)) / total
-        p = p * total
-    q = torch.softmax(x, 0)
-    if eps == 0:  # p = softmax over sources of log q
-        g = g * p
-        g = g - p * g.sum(1, keepdim=True)
-    else:  # p = q + eps
-        g = g * q
-    return _from_planes(g - q * g.sum(0, keepdim=True), logits)
+    return _gradient_by_torch(grad, logits, iterations, eps)
 
 
 @_sinkhorn_backward.register_fake
@@ -124,6 +115,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     (logits,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # this gradient is to be differentiated in its turn
+        return _gradient_by_torch(grad, logits, ctx.iterations, ctx.eps), None, None
     return _sinkhorn_backward(grad, logits, ctx.iterations, ctx.eps), None, None
 
 
@@ -152,6 +145,22 @@ def _kernels() -> ModuleType | None:
 
 def _by_torch(logits: Tensor, iterations: int, eps: float) -> Tensor:
     return _from_planes(_iterate(_to_planes(logits), iterations, eps)[0], logits)
+
+
+def _gradient_by_torch(grad: Tensor, logits: Tensor, iterations: int, eps: float) -> Tensor:
+    x = _to_planes(logits)
+    p, sums = _iterate(x, iterations, eps)
+    g = _to_planes(grad)
+    for axis, total in reversed(sums):  # p = before / total, so before = p * total
+        g = (g - (g * p).sum(axis, keepdim=True)) / total
+        p = p * total
+    q = torch.softmax(x, 0)
+    if eps == 0:  # p = softmax over sources of log q
+        g = g * p
+        g = g - p * g.sum(1, keepdim=True)
+    else:  # p = q + eps
+        g = g * q
+    return _from_planes(g - q * g.sum(0, keepdim=True), logits)
 
 
 def _iterate(x: Tensor, iterations: int, eps: float) -> tuple[Tensor, list[tuple[int, Tensor]]]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 Streams = tuple[Tensor, ...]
@@ -234,7 +235,7 @@ def write_recomputed(
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
     """Call a function that draws no random numbers; the backward pass calls it again."""
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or transformed():  # which take no hooks on saved tensors
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
@@ -435,8 +436,17 @@ def stored(values: Sequence[Tensor]) -> Streams:
 
 
 def compiling() -> bool:
-    """Whether a compiler will run this code here. Exported programs run anywhere, with torch's own operators alone."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    """Whether a compiler will run this code here, forward and backward alone.
+
+    Exported programs run anywhere, and transforms have rules for them: torch's own operators.
+    """
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not transformed()
+
+
+@torch.compiler.assume_constant_result  # Dynamo guards the transforms around the code that it traces
+def transformed() -> bool:
+    """Whether a transform of ``torch.func`` or forward mode is at work, for which custom operators have no rules."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 @torch.compiler.allow_in_graph

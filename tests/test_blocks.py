@@ -461,7 +461,7 @@ def test_a_trunk_value_stands_for_its_readout():
     ):
         assert torch.allclose(made, expected)
     assert value.shape == (2, 3) and value.dtype == torch.float32 and value.dim() == 2 and len(value) == 2
-    assert not isinstance(value, torch.Tensor)
+    assert isinstance(value, torch.Tensor)
     leaves, spec = torch.utils._pytree.tree_flatten([value])
     again = torch.utils._pytree.tree_unflatten(leaves, spec)[0]
     assert len(leaves) == N and again.step == value.step

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streams import full_precision
+from ..streams import full_precision, transformed
 
 EPS = 1e-6
 
@@ -65,7 +65,7 @@ def _mean_square(x: Tensor, axis: int) -> Tensor:
 
 def _keeps_halves(x: Tensor) -> bool:
     """Whether ``x`` has to be saved for the backward pass as it is: eager mode would keep its copies in fp32."""
-    return x.dtype in (torch.float16, torch.bfloat16) and not torch.compiler.is_compiling()
+    return x.dtype in (torch.float16, torch.bfloat16) and not torch.compiler.is_compiling() and not transformed()
 
 
 class _Projection(torch.autograd.Function):
