@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import pickle
 import random
 import re
-import sys
 import tempfile
 import types
 import warnings
@@ -17,9 +15,20 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from fuzz_programs import Program, generate
+from fuzz_values import (
+    Wrong,
+    compare,
+    difference,
+    loss_of,
+    read_attribute,
+    residuals_that_run,
+    same,
+    sow,
+    state_of,
+    write_attribute,
+)
 from torch import nn
 
 import hc_transform as hct
@@ -48,10 +57,6 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"num_streams": 1},
 )
 CONSTRAINED = ("mhc", "mhc-lite", "kromhc", "identity")  # their start is a sigmoid's, which is not exact
-
-
-class Wrong(AssertionError):
-    """Something that must hold does not."""
 
 
 @dataclass
@@ -84,117 +89,6 @@ def check(seed: int) -> Outcome:
             return _Checker(program, module).run()
         finally:
             program.unload()
-
-
-# ---------------------------------------------------------------- values
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield everything in a nested output, with its path."""
-    if isinstance(value, dict):
-        parts: Any = value.items()
-    elif isinstance(value, (list, tuple)):
-        parts = enumerate(value)
-    elif isinstance(value, types.SimpleNamespace):
-        parts = vars(value).items()
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-    else:
-        yield path, value
-        return
-    yield f"{path}:{type(value).__name__}", None
-    for key, part in parts:
-        yield from leaves(part, f"{path}.{key}")
-
-
-def compare(actual: Any, expected: Any, bound: float) -> None:
-    """Raise Wrong if two nested outputs differ in structure, types, or by more than ``bound``, relative to the largest value."""
-    ours, theirs = list(leaves(actual)), list(leaves(expected))
-    if [path for path, _ in ours] != [path for path, _ in theirs]:
-        raise Wrong(f"structure differs: {[p for p, _ in ours][:4]} for {[p for p, _ in theirs][:4]}")
-    for (path, a), (_, e) in zip(ours, theirs, strict=True):
-        if not isinstance(e, torch.Tensor):
-            if type(a) is not type(e) or a != e:
-                raise Wrong(f"{path} is {a!r} for {e!r}")
-            continue
-        if type(a) is not type(e) or a.shape != e.shape or a.dtype != e.dtype:
-            raise Wrong(f"{path} is {type(a).__name__} {getattr(a, 'shape', '')} for {type(e).__name__} {e.shape}")
-        distance = difference(a, e)
-        if not distance <= bound:
-            raise Wrong(f"values differ by {distance:.0e}")
-
-
-def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    if not expected.numel():
-        return 0.0
-    a, e = actual.detach().double(), expected.detach().double()
-    return float((a - e).abs().max() / e.abs().max().clamp_min(1e-6))
-
-
-def loss_of(value: Any) -> torch.Tensor:
-    """Return a loss that no gradient vanishes under."""
-    tensors = [t for _, t in leaves(value) if isinstance(t, torch.Tensor) and t.requires_grad]
-    return sum(  # type: ignore[return-value]
-        (t * torch.linspace(0.5, 1.5, t.numel(), dtype=t.dtype).view_as(t)).sum() for t in tensors
-    )
-
-
-def sow(seed: int) -> None:
-    """Set every generator that a program draws from."""
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
-
-
-def state_of(model: nn.Module, module: types.ModuleType, inputs: tuple[torch.Tensor, ...]) -> dict[str, Any]:
-    """Return all that a conversion must leave as it was."""
-    state: dict[str, Any] = {f"value of {k}": v.clone() for k, v in model.state_dict().items()}
-    for path, m in model.named_modules():
-        state[f"class of {path}"] = type(m)
-        state[f"hooks of {path}"] = (len(m._forward_hooks), len(m._forward_pre_hooks))
-        for key, value in m.__dict__.items():
-            if not key.startswith("_"):
-                state[f"attribute {path}.{key}"] = repr(value)
-    state |= {f"grad of {n}": p.grad is None for n, p in model.named_parameters()}
-    state |= {f"input {i}": t.clone() for i, t in enumerate(inputs)}
-    state["torch's generator"], state["random's generator"] = torch.get_rng_state(), random.getstate()
-    state["numpy's generator"] = [str(part) for part in np.random.get_state()]
-    state["globals"] = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str))}
-    state["modes"] = (torch.is_grad_enabled(), torch.get_default_dtype())
-    return state
-
-
-def same(before: Any, after: Any) -> bool:
-    if isinstance(before, torch.Tensor):
-        return isinstance(after, torch.Tensor) and torch.equal(before, after)
-    return bool(before == after)
-
-
-# ---------------------------------------------------------------- residuals that ran
-
-
-def residuals_that_run(model: nn.Module, inputs: tuple[Any, ...], source: str, filename: str) -> Counter[tuple[int, str]]:
-    """Run the model and count the lines marked as residuals: (line, "" or "in helper") for each that ran."""
-    marks: dict[int, tuple[int, str]] = {}
-    for number, line in enumerate(source.split("\n"), 1):
-        found = re.search(r"# residual( in helper| 2)?$", line)
-        if found:
-            marks[number] = (2 if found[1] == " 2" else 1, "in helper" if found[1] == " in helper" else "")
-    ran: Counter[tuple[int, str]] = Counter()
-
-    def of_line(frame: Any, event: str, _: Any) -> Any:
-        if event == "line" and frame.f_lineno in marks:
-            times, kind = marks[frame.f_lineno]
-            ran[frame.f_lineno, kind] += times
-        return of_line
-
-    before = sys.gettrace()
-    sys.settrace(lambda frame, event, _: of_line if frame.f_code.co_filename == filename else None)
-    try:
-        model(*inputs)
-    finally:
-        sys.settrace(before)
-    return ran
 
 
 # ---------------------------------------------------------------- connections
@@ -346,8 +240,10 @@ class _Checker:
 
     # ------------------------------------------------------------ against the original
 
-    def pair(self, scope: str, hc: nn.Module, twin: nn.Module, what: str, inputs: Any, train: bool, seed: int, bound: float) -> bool:
-        """Run both on the same inputs and seeds and compare outputs, inputs and buffers afterwards; False if refused."""
+    def pair(
+        self, scope: str, hc: nn.Module, twin: nn.Module, what: str, inputs: Any, train: bool, seed: int, bound: float
+    ) -> bool:
+        """Run both on the same inputs and seeds; compare outputs, inputs and buffers afterwards. False if refused."""
         failures = len(self.outcome.problems) + len(self.outcome.refused_calls)
         with self.checked(f"{what}, {scope}"):
             for m in (hc, twin):
@@ -438,14 +334,16 @@ class _Checker:
             owners = [self.module] if not name else [m.get_submodule(path) for m in (twin, hc)]
             old = read_attribute(owners[0], attribute)
             where = "root attribute" if name and not path else "attribute" if name else "global"
-            for owner in owners:
-                write_attribute(owner, attribute, value)
-            try:
-                for train in (False, True):
-                    good = good and self.pair(scope, hc, twin, f"{where} changed", self.inputs(), train, 7, self.bound)
-            finally:
+            written = len(self.outcome.problems)
+            with self.checked(f"{where} written, {scope}"):
                 for owner in owners:
-                    write_attribute(owner, attribute, old)
+                    write_attribute(owner, attribute, value)
+            if len(self.outcome.problems) > written:
+                return False
+            for train in (False, True):
+                good = good and self.pair(scope, hc, twin, f"{where} changed", self.inputs(), train, 7, self.bound)
+            for owner in owners:
+                write_attribute(owner, attribute, old)
             if not good:  # buffers may have gone apart
                 break
             good &= self.pair(scope, hc, twin, f"{where} put back", self.inputs(), False, 8, self.bound)
@@ -538,7 +436,7 @@ class _Checker:
         options.setdefault("scope", self.random.choice(SCOPES))
         scope = options["scope"]
         names = [r.name for r in made[scope].hc_report.converted] if scope in made else []
-        half = names[:: 2] if len(names) > 1 else []
+        half = names[::2] if len(names) > 1 else []
         for key in ("include", "exclude"):
             if key in options:
                 options[key] = half
@@ -568,25 +466,3 @@ class _Checker:
                         continue
                     if not self.pair(scope, hc, twin, what, inputs, train, 10, bound):
                         raise StopIteration
-
-
-def read_attribute(owner: Any, attribute: str) -> Any:
-    """Return ``a``, ``a.b`` or ``a[b]`` of an object."""
-    if attribute.endswith("]"):
-        name, key = attribute[:-1].split("[")
-        return getattr(owner, name)[key]
-    for name in attribute.split("."):
-        owner = getattr(owner, name)
-    return owner
-
-
-def write_attribute(owner: Any, attribute: str, value: Any) -> None:
-    """Set what :func:`read_attribute` reads."""
-    if attribute.endswith("]"):
-        name, key = attribute[:-1].split("[")
-        getattr(owner, name)[key] = value
-        return
-    *names, last = attribute.split(".")
-    for name in names:
-        owner = getattr(owner, name)
-    setattr(owner, last, value)
