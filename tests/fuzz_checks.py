@@ -165,12 +165,16 @@ class _Checker:
                 self.outcome.converted[scope] = len(hc.hc_report.converted)
                 with self.checked(f"listed, {scope}"):
                     self.listed(hc.hc_report)
+        spares: dict[str, Any] = {scope: None for scope in made}
+        for scope, hc in made.items():
+            with self.checked(f"deepcopy, {scope}"):
+                spares[scope] = copy.deepcopy(hc)
         copies = {scope: self.copied(scope, hc) for scope, hc in made.items()}
         if all(copies.get(scope) is not None for scope in SCOPES):
             with self.checked("graph against blocks"):
                 self.both_scopes(copies["graph"], copies["blocks"])  # type: ignore[arg-type]
         for scope, hc in made.items():
-            self.alike(scope, hc)
+            self.alike(scope, hc, spares[scope])
         with self.checked("option"):
             self.option(made)
         return self.outcome
@@ -304,8 +308,11 @@ class _Checker:
                     self._trains = False
         return self._trains
 
-    def alike(self, scope: str, hc: nn.Module) -> None:
-        """Compare a converted model with the original, call after call, then with attributes and hooks changed."""
+    def alike(self, scope: str, hc: nn.Module, spare: nn.Module | None) -> None:
+        """Compare a converted model with the original, call after call, then with attributes and hooks changed.
+
+        ``spare`` is a copy of it that has not run.
+        """
         twin, bound = copy.deepcopy(self.model), self.bound
         good = self.pair(scope, hc, twin, "eval", self.inputs(), False, 1, bound)
         for size in (self.inputs(3), self.inputs(3, 1)):
@@ -319,9 +326,9 @@ class _Checker:
         good &= self.pair(scope, hc, twin, "eval after train", self.inputs(), False, 6, bound)
         for change in (self.attributes, self.hook):
             if not good:  # what went wrong before is not counted twice
-                twin = copy.deepcopy(self.model)
-                with self.checked(f"convert again, {scope}"):
-                    hc = self.convert(scope=scope, verify=False)
+                if spare is None:
+                    return
+                twin, hc = copy.deepcopy(self.model), copy.deepcopy(spare)
             good = change(scope, hc, twin)
 
     def attributes(self, scope: str, hc: nn.Module, twin: nn.Module) -> bool:
@@ -329,7 +336,7 @@ class _Checker:
         good = True
         knobs = self.random.sample(self.program.knobs, min(2, len(self.program.knobs)))
         for name, attribute, value in knobs:
-            paths = [path for path, m in twin.named_modules() if type(m).__name__ == name]
+            paths = [p for p, m in twin.named_modules() if name in (kind.__name__ for kind in type(m).__mro__)]
             path = self.random.choice(paths) if paths else ""
             owners = [self.module] if not name else [m.get_submodule(path) for m in (twin, hc)]
             old = read_attribute(owners[0], attribute)

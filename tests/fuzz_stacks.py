@@ -54,6 +54,11 @@ class Stacks(Statements):
             c.body = [f"x = self.work({args})"]
         c.body.append(f"return {self.returned(c)}")
         self.classes.append(c.source(signature))
+        if self.chance(0.08):
+            self.feature("inherits")
+            base, c.name = c.name, f"{c.name}Like"
+            code = [f"class {c.name}({base}):", f"    def forward(self, {signature}):"]
+            self.classes.append("\n".join([*code, f"        return super().forward({args})"]))
         return c
 
     def call(self, c: Class, layer: str) -> list[str]:

@@ -66,6 +66,12 @@ def test_a_seed_gives_one_program() -> None:
 def group_of(message: str) -> str:
     """Return a message without what differs from program to program."""
     message = re.sub(r"/\S*/fuzz_program_\d+\.py:\d+", "FILE", " ".join(message.split()))
+    message = re.sub(r"(those that were converted): .*", r"\1", message)
+    message = re.sub(r"attribute \S*\.(\w+)(, attribute \S*)*", r"attribute \1", message)
+    if " listed: " in message:
+        message = re.sub(r"self\.\w+", "f", message)
+        while re.search(r"\([^()]+\)", message):
+            message = re.sub(r"\([^()]+\)", "", message)
     message = re.sub(r"\b(Block|Stage|fuzz_program_)\d+\b", r"\1*", message)
     message = re.sub(r"'[^']*'|\d+(\.\d+)?(e[+-]?\d+)?", "*", message)
     return message[:110]
