@@ -466,7 +466,7 @@ class _Checker:
             if options.get("num_streams") != 1 and "stream_dropout" not in options:
                 self.outcome.counts["options with connections"] += bool(connections(hc))
             twin = copy.deepcopy(self.model)
-            bound = 1e-5 if options.get("connection") in CONSTRAINED or "init" in options else self.bound
+            bound = 1e-5 if options.get("connection") in CONSTRAINED or {"init", "readout"} & set(options) else self.bound
             with suppress(StopIteration):
                 for train, inputs in ((False, self.inputs()), (True, self.inputs()), (False, self.inputs(3, 1))):
                     if train and "stream_dropout" in options:
