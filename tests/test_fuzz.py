@@ -2,7 +2,7 @@
 
     python tests/test_fuzz.py --seeds 0:2000 [--jobs 2]     a table of what went wrong, by message
 
-``python tests/fuzz_programs.py SEED`` prints a program. A hundred run with the other tests, two thousand with
+``python tests/fuzz_programs.py SEED`` prints a program. A hundred (twenty of them for counts) run with the other tests, two thousand with
 ``-m fuzz``.
 """
 
@@ -23,7 +23,7 @@ from fuzz_checks import Outcome, check
 from fuzz_programs import generate
 from tabulate import tabulate
 
-CHUNK, FEW, MANY = 10, 100, 2000
+CHUNK, FEW, MANY = 10, 80, 2000
 CONVERTED = 0.85  # of programs in some scope: what is refused is not checked
 
 
@@ -36,7 +36,7 @@ def _chunk(start: int) -> None:
 
 
 @pytest.mark.parametrize("start", range(0, FEW, CHUNK))
-def test_a_hundred_programs(start: int) -> None:
+def test_eighty_programs(start: int) -> None:
     _chunk(start)
 
 
@@ -47,12 +47,12 @@ def test_two_thousand_programs(start: int) -> None:
 
 
 def test_most_programs_convert_and_checks_are_made() -> None:
-    outcomes = [check(seed) for seed in range(10**6, 10**6 + 40)]
+    outcomes = [check(seed) for seed in range(10**6, 10**6 + 20)]
     assert sum(any(o.converted.values()) for o in outcomes) >= CONVERTED * len(outcomes)
     assert sum(sum(o.converted.values()) for o in outcomes) >= 4 * len(outcomes)
     counts = sum((o.counts for o in outcomes), Counter())
     assert counts["scopes compared off the start"] >= 0.5 * len(outcomes)
-    assert len({feature for o in outcomes for feature in generate(o.seed).features}) > 50
+    assert len({feature for o in outcomes for feature in generate(o.seed).features}) > 40
 
 
 def test_a_seed_gives_one_program() -> None:
