@@ -2,8 +2,8 @@
 
     python tests/test_fuzz.py --seeds 0:2000 [--jobs 2]     a table of what went wrong, by message
 
-``python tests/fuzz_programs.py SEED`` prints a program. A hundred (twenty of them for counts) run with the other tests, two thousand with
-``-m fuzz``.
+``python tests/fuzz_programs.py SEED`` prints a program. A hundred run with the other tests, twenty of them for the
+counts, and two thousand with ``-m fuzz``.
 """
 
 from __future__ import annotations
