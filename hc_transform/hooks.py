@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
 from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
 from .compare import OPAQUE
 from .errors import UnsupportedModel
 
-PLAIN = (torch.Tensor, int, float, complex, str, bytes, type(None))  # holds nothing else
+PLAIN = (torch.Tensor, fx.Proxy, fx.Node, int, float, complex, str, bytes, type(None))  # holds nothing else
 ENGINES = ("torch.distributed.", "accelerate.")  # they take tensors apart and put them together again
 
 
@@ -72,31 +73,36 @@ def read_outputs(module: Any, args: Any, output: Any) -> Any:
 
     Plain objects and dataclasses among the outputs stay the objects that they are.
     """
-    for leaf in pytree.tree_leaves(output, is_leaf=is_trunk_value):
-        if not isinstance(leaf, PLAIN):
-            _read_within(leaf, set())
+    waiting = _objects_in(output)
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        for name, held in _attributes(value, seen).items():
+            if holds_streams(held):
+                object.__setattr__(value, name, read_out(held))
+            waiting += _objects_in(held)
     return read_out(output) if holds_streams(output) else None
 
 
-def _read_within(value: Any, seen: set[int]) -> None:
-    """Put readouts in place of streams in the attributes of an object, and of those that it holds."""
-    if id(value) in seen or isinstance(value, PLAIN) or isinstance(value, OPAQUE):
-        return
-    if torch.compiler.is_compiling():  # elsewhere a trunk value does as a tensor
-        attributes = {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
-    else:
-        seen.add(id(value))
-        attributes = dict(getattr(value, "__dict__", ()))
-        for cls in type(value).__mro__:
-            slots = cls.__dict__.get("__slots__", ())
-            names = (slots,) if isinstance(slots, str) else slots
-            attributes.update({name: getattr(value, name) for name in names if hasattr(value, name)})
-    for name, held in attributes.items():
-        if holds_streams(held):
-            object.__setattr__(value, name, read_out(held))
-        if not isinstance(held, PLAIN):
-            for leaf in pytree.tree_leaves(held, is_leaf=is_trunk_value):
-                _read_within(leaf, seen)
+def _objects_in(values: Any) -> list[Any]:
+    """Return the leaves of nested values that may hold others."""
+    leaves = pytree.tree_leaves(values, is_leaf=is_trunk_value)
+    return [leaf for leaf in leaves if not isinstance(leaf, (*PLAIN, *OPAQUE))]
+
+
+def _attributes(value: Any, seen: set[int]) -> dict[str, Any]:
+    """Return what an object holds, once; in compiled code of dataclasses alone: elsewhere streams do as a tensor."""
+    if torch.compiler.is_compiling():
+        return {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
+    if id(value) in seen:
+        return {}
+    seen.add(id(value))
+    attributes = dict(getattr(value, "__dict__", ()))
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        attributes.update({name: getattr(value, name) for name in names if hasattr(value, name)})
+    return attributes
 
 
 def _moved(given: Any, seen: Any, result: Any) -> Any:
