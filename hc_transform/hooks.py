@@ -11,9 +11,9 @@ from torch.utils import _pytree as pytree
 from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
 from .compare import OPAQUE
 from .errors import UnsupportedModel
+from .writes import of_engine
 
 PLAIN = (torch.Tensor, fx.Proxy, fx.Node, int, float, complex, str, bytes, type(None))  # holds nothing else
-ENGINES = ("torch.distributed.", "accelerate.")  # they take tensors apart and put them together again
 
 
 class ObservingHook:
@@ -46,9 +46,7 @@ class ObservingHook:
 
 def observe(hook: Any, before: bool) -> Any:
     """Return ``hook``, called before or after a block, so that it sees readouts; an engine's as it is."""
-    owner = type(getattr(hook, "__self__", hook)).__module__ or ""
-    home = getattr(hook, "__module__", None) or ""
-    if isinstance(hook, ObservingHook) or f"{owner}.".startswith(ENGINES) or f"{home}.".startswith(ENGINES):
+    if isinstance(hook, ObservingHook) or of_engine(hook):
         return hook
     return ObservingHook(hook, before)
 
