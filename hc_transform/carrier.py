@@ -24,7 +24,7 @@ In eager code writes are seen by the versions of the readouts that were given ou
 by ``__torch_function__`` for ``x[...] = value``, ``torch.relu_`` and views: there the next block refuses, while it is
 traced. (``is_dynamo_compiling`` holds in traced code alone: Dynamo itself reads attributes of real values meanwhile.)
 
-It is a pytree of its n streams, which is how sharding engines see it.
+It is a pytree of its n streams; hooks of sharding engines see it taken apart (:mod:`hc_transform.hooks`).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .errors import UnsupportedModel
 from .streams import Streams, expand, readout, transformed
-from .writes import Write, name_of, of_engine, refusal, write_of
+from .writes import Write, name_of, refusal, write_of
 
 OF_ONE_STREAM = frozenset(
     "shape ndim dtype device layout is_cuda is_meta is_sparse is_quantized is_nested itemsize size dim numel nelement "
@@ -141,8 +141,6 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             return func(first.streams[0], *args[1:], **kwargs)
         if name in ("grad", "_base"):
             return None
-        if name == "register_hook" and of_engine(args[1]):  # that waits for the first gradient
-            return [stream.register_hook(args[1]) for stream in first.streams if stream.requires_grad][-1]
         if name == "requires_grad":
             return any([stream.requires_grad for stream in first.streams])
         if name == "contiguous" and all([s.is_contiguous(*args[1:], **kwargs) for s in first.streams]):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
+from .carrier import TrunkValue, enter, hand_on, holds_streams, is_trunk_value, read_out
 from .compare import OPAQUE
 from .errors import UnsupportedModel
+from .streams import Streams
 from .writes import of_engine
 
 PLAIN = (torch.Tensor, fx.Proxy, fx.Node, int, float, complex, str, bytes, type(None))  # holds nothing else
@@ -44,10 +46,55 @@ class ObservingHook:
         return _moved(given[0], seen[0] if result is not None else read_out(given[0]), _or(result, seen[0]))
 
 
+@dataclass
+class Apart:
+    """The streams of a trunk value, for engines, which look for tensors in dataclasses and pytrees."""
+
+    streams: Streams
+    step: int
+    reduction: str
+
+    def to(self, *args: Any, **kwargs: Any) -> Apart:
+        """Return the streams moved or cast."""
+        return Apart(tuple([stream.to(*args, **kwargs) for stream in self.streams]), self.step, self.reduction)
+
+
+pytree.register_pytree_node(
+    Apart,
+    lambda value: (list(value.streams), (value.step, value.reduction)),
+    lambda streams, context: Apart(tuple(streams), *context),
+    serialized_type_name="hc_transform.Apart",
+)
+
+
+class EngineHook:
+    """A hook of an engine that shards or moves what a block is given and gives: it sees all streams as tensors."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def __call__(self, module: Any, *given: Any) -> Any:
+        """Call the hook on the streams, and put together what it returns."""
+        result = self.hook(module, *pytree.tree_map(_taken_apart, given, is_leaf=is_trunk_value))
+        return pytree.tree_map(_put_together, result, is_leaf=lambda value: type(value) is Apart)
+
+
+def _taken_apart(value: Any) -> Any:
+    if type(value) is not TrunkValue:
+        return value
+    return Apart(enter(value, len(value.streams)), value.step, value.reduction)
+
+
+def _put_together(value: Any) -> Any:
+    return hand_on(value.streams, value.step, value.reduction) if type(value) is Apart else value
+
+
 def observe(hook: Any, before: bool) -> Any:
-    """Return ``hook``, called before or after a block, so that it sees readouts; an engine's as it is."""
-    if isinstance(hook, ObservingHook) or of_engine(hook):
+    """Return ``hook``, called before or after a block, so that it sees readouts; an engine's sees all streams."""
+    if isinstance(hook, (ObservingHook, EngineHook)):
         return hook
+    if of_engine(hook):
+        return EngineHook(hook)
     return ObservingHook(hook, before)
 
 
