@@ -20,10 +20,11 @@ that reads its memory gives NaN, never another number. In eager code, and where 
 costs one write of a stream: 13 us a hand-over of 4 small streams on a CPU (8 us without gradients; 0.2 us for an object
 that is no tensor), of some hundreds for a block.
 
-In eager code writes are seen by the versions of the readouts that were given out, so that views count. Dynamo passes by
-``__torch_function__`` for ``x[...] = value``, ``torch.relu_`` and views: there the next block refuses while it is traced.
+In eager code writes are seen by the versions of the readouts that were given out, so that views count. Dynamo passes
+by ``__torch_function__`` for ``x[...] = value``, ``torch.relu_`` and views: there the next block refuses, while it is
+traced. (``is_dynamo_compiling`` holds in traced code alone: Dynamo itself reads attributes of real values meanwhile.)
 
-It is a pytree of its n streams, which is how sharding engines see it.
+It is a pytree of its n streams; hooks of sharding engines see it taken apart (:mod:`hc_transform.hooks`).
 """
 
 from __future__ import annotations
@@ -78,12 +79,12 @@ class TrunkValue(Tensor):
         value.step = step
         value.reduction = reduction
         value.given = {}
-        value.traced = (shell,) if torch.compiler.is_compiling() else ()
+        value.traced = (shell,) if torch.compiler.is_dynamo_compiling() else ()
         return value
 
     def read_out(self) -> Tensor:
         """Return the value that the streams stand for."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             value = readout(self.streams, self.reduction)
             if len(self.streams) > 1:
                 value = _made(value)
@@ -138,7 +139,7 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if type(first) is TrunkValue:
         if name in OF_ONE_STREAM:
             return func(first.streams[0], *args[1:], **kwargs)
-        if name == "grad":
+        if name in ("grad", "_base"):
             return None
         if name == "requires_grad":
             return any([stream.requires_grad for stream in first.streams])
@@ -152,10 +153,10 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             raise UnsupportedModel(reason)
     write = write_of(name, args, kwargs)
     if write is not None and type(write.target) is TrunkValue:
-        if write.carried or write.random or torch.compiler.is_compiling():
+        if write.carried or write.random or torch.compiler.is_dynamo_compiling():
             return _written(write, func, args, kwargs)
     result = func(*read_out(args), **read_out(kwargs))
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         for value in trunk_values((args, kwargs)):
             settle(value)
             if any([result is seen for seen, _ in value.given.values()]):
@@ -174,7 +175,7 @@ def _written(write: Write, func: Any, args: Any, kwargs: Any) -> Any:
         func(*given_args, **given_kwargs)
         return tensor
 
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         settle(value)
     streams = value.streams
     if len(streams) == 1:
@@ -187,7 +188,7 @@ def _written(write: Write, func: Any, args: Any, kwargs: Any) -> Any:
     else:
         before = value.read_out()
         _move(value, before, on(before.clone()))
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         _renew(value)
     return value if write.returns else None
 
@@ -226,7 +227,7 @@ def _shell(streams: Streams, mode: str) -> Tensor:
     if transformed():
         return torch.empty(0)
     shell = _without_values(mode, *streams)
-    return _made(shell) if torch.compiler.is_compiling() else shell
+    return _made(shell) if torch.compiler.is_dynamo_compiling() else shell
 
 
 @torch.compiler.allow_in_graph
@@ -290,7 +291,7 @@ def enter(value: Any, num_streams: int) -> Streams:
     >>> len(enter(torch.ones(2), 4))
     4
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         for tensor in value.traced if type(value) is TrunkValue else (value,):
             _unwritten(tensor)
     elif type(value) is TrunkValue:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import fx
 from torch.utils import _pytree as pytree
 
-from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
+from .carrier import TrunkValue, enter, hand_on, holds_streams, is_trunk_value, read_out
 from .compare import OPAQUE
 from .errors import UnsupportedModel
+from .streams import Streams
+from .writes import of_engine
 
-PLAIN = (torch.Tensor, int, float, complex, str, bytes, type(None))  # holds nothing else
-ENGINES = ("torch.distributed.", "accelerate.")  # they take tensors apart and put them together again
+PLAIN = (torch.Tensor, fx.Proxy, fx.Node, int, float, complex, str, bytes, type(None))  # holds nothing else
 
 
 class ObservingHook:
@@ -43,12 +46,55 @@ class ObservingHook:
         return _moved(given[0], seen[0] if result is not None else read_out(given[0]), _or(result, seen[0]))
 
 
+@dataclass
+class Apart:
+    """The streams of a trunk value, for engines, which look for tensors in dataclasses and pytrees."""
+
+    streams: Streams
+    step: int
+    reduction: str
+
+    def to(self, *args: Any, **kwargs: Any) -> Apart:
+        """Return the streams moved or cast."""
+        return Apart(tuple([stream.to(*args, **kwargs) for stream in self.streams]), self.step, self.reduction)
+
+
+pytree.register_pytree_node(
+    Apart,
+    lambda value: (list(value.streams), (value.step, value.reduction)),
+    lambda streams, context: Apart(tuple(streams), *context),
+    serialized_type_name="hc_transform.Apart",
+)
+
+
+class EngineHook:
+    """A hook of an engine that shards or moves what a block is given and gives: it sees all streams as tensors."""
+
+    def __init__(self, hook: Any) -> None:
+        self.hook = hook
+
+    def __call__(self, module: Any, *given: Any) -> Any:
+        """Call the hook on the streams, and put together what it returns."""
+        result = self.hook(module, *pytree.tree_map(_taken_apart, given, is_leaf=is_trunk_value))
+        return pytree.tree_map(_put_together, result, is_leaf=lambda value: type(value) is Apart)
+
+
+def _taken_apart(value: Any) -> Any:
+    if type(value) is not TrunkValue:
+        return value
+    return Apart(enter(value, len(value.streams)), value.step, value.reduction)
+
+
+def _put_together(value: Any) -> Any:
+    return hand_on(value.streams, value.step, value.reduction) if type(value) is Apart else value
+
+
 def observe(hook: Any, before: bool) -> Any:
-    """Return ``hook``, called before or after a block, so that it sees readouts; an engine's as it is."""
-    owner = type(getattr(hook, "__self__", hook)).__module__ or ""
-    home = getattr(hook, "__module__", None) or ""
-    if isinstance(hook, ObservingHook) or f"{owner}.".startswith(ENGINES) or f"{home}.".startswith(ENGINES):
+    """Return ``hook``, called before or after a block, so that it sees readouts; an engine's sees all streams."""
+    if isinstance(hook, (ObservingHook, EngineHook)):
         return hook
+    if of_engine(hook):
+        return EngineHook(hook)
     return ObservingHook(hook, before)
 
 
@@ -72,31 +118,36 @@ def read_outputs(module: Any, args: Any, output: Any) -> Any:
 
     Plain objects and dataclasses among the outputs stay the objects that they are.
     """
-    for leaf in pytree.tree_leaves(output, is_leaf=is_trunk_value):
-        if not isinstance(leaf, PLAIN):
-            _read_within(leaf, set())
+    waiting = _objects_in(output)
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        for name, held in _attributes(value, seen).items():
+            if holds_streams(held):
+                object.__setattr__(value, name, read_out(held))
+            waiting += _objects_in(held)
     return read_out(output) if holds_streams(output) else None
 
 
-def _read_within(value: Any, seen: set[int]) -> None:
-    """Put readouts in place of streams in the attributes of an object, and of those that it holds."""
-    if id(value) in seen or isinstance(value, PLAIN) or isinstance(value, OPAQUE):
-        return
-    if torch.compiler.is_compiling():  # elsewhere a trunk value does as a tensor
-        attributes = {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
-    else:
-        seen.add(id(value))
-        attributes = dict(getattr(value, "__dict__", ()))
-        for cls in type(value).__mro__:
-            slots = cls.__dict__.get("__slots__", ())
-            names = (slots,) if isinstance(slots, str) else slots
-            attributes.update({name: getattr(value, name) for name in names if hasattr(value, name)})
-    for name, held in attributes.items():
-        if holds_streams(held):
-            object.__setattr__(value, name, read_out(held))
-        if not isinstance(held, PLAIN):
-            for leaf in pytree.tree_leaves(held, is_leaf=is_trunk_value):
-                _read_within(leaf, seen)
+def _objects_in(values: Any) -> list[Any]:
+    """Return the leaves of nested values that may hold others."""
+    leaves = pytree.tree_leaves(values, is_leaf=is_trunk_value)
+    return [leaf for leaf in leaves if not isinstance(leaf, (*PLAIN, *OPAQUE))]
+
+
+def _attributes(value: Any, seen: set[int]) -> dict[str, Any]:
+    """Return what an object holds, once; in compiled code of dataclasses alone: elsewhere streams do as a tensor."""
+    if torch.compiler.is_compiling():
+        return {name: getattr(value, name) for name in getattr(value, "__dataclass_fields__", ())}
+    if id(value) in seen:
+        return {}
+    seen.add(id(value))
+    attributes = dict(getattr(value, "__dict__", ()))
+    for cls in type(value).__mro__:
+        slots = cls.__dict__.get("__slots__", ())
+        names = (slots,) if isinstance(slots, str) else slots
+        attributes.update({name: getattr(value, name) for name in names if hasattr(value, name)})
+    return attributes
 
 
 def _moved(given: Any, seen: Any, result: Any) -> Any:

@@ -22,6 +22,7 @@ INPLACE_AT = {  # where functions of torch.nn.functional take inplace as a posit
     **dict.fromkeys("hardtanh threshold dropout alpha_dropout dropout1d dropout2d dropout3d".split(), 3),
 }
 AUGMENTED = frozenset("iadd isub imul itruediv idiv ipow ifloordiv imod iand ior ixor ilshift irshift".split())
+ENGINES = ("torch.distributed.", "accelerate.")  # they take tensors apart and put them together again
 REFUSED = {
     "register_hook": "gradients flow through its streams. Register the hook on a module within a branch",
     "register_post_accumulate_grad_hook": "gradients flow through its streams",
@@ -81,3 +82,10 @@ def refusal(name: str) -> str:
     return (
         f"{name} of a value between two converted blocks is not possible: {REFUSED[name]}." if name in REFUSED else ""
     )
+
+
+def of_engine(hook: Any) -> bool:
+    """Whether a hook belongs to an engine that shards or moves tensors, and is to see the streams themselves."""
+    owner = type(getattr(hook, "__self__", hook)).__module__ or ""
+    home = getattr(hook, "__module__", None) or ""
+    return f"{owner}.".startswith(ENGINES) or f"{home}.".startswith(ENGINES)
