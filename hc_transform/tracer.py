@@ -149,6 +149,10 @@ class ValueTracer(fx.Tracer):
         **__: Any,
     ) -> Any:
         """Run the operation on the example values and record it."""
+        with self.watch.shared.paused():
+            return self._create_proxy(kind, target, args, kwargs, name, type_expr)
+
+    def _create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any, type_expr: Any) -> Any:
         if not self.probing and _context_state() != self._context:
             raise CannotInline(
                 self._paths[-1], "it changes the grad mode or autocast state, which a graph does not hold"
@@ -367,10 +371,17 @@ class ValueTracer(fx.Tracer):
             elif kind == "call_method":
                 value = getattr(args[0], target)(*args[1:], **kwargs)
             else:
-                value = self.root.get_submodule(target)(*args, **kwargs)
+                value = self._call_leaf(self.root.get_submodule(target), args, kwargs)
             if draws:
                 self._host = host_states()
             return value, [t for t, v in zip(tensors, versions, strict=True) if version_of(t) != v]
+
+    def _call_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        """Call a module that stays whole; what its code changes beside itself is put back after the trace."""
+        if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential):
+            return module(*args, **kwargs)
+        with self.watch.shared.profiled():
+            return module(*args, **kwargs)
 
     # -- modules
 

@@ -155,6 +155,16 @@ class SharedState:
         finally:
             sys.setprofile(before)
 
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Do not watch what runs meanwhile."""
+        before = sys.getprofile()
+        sys.setprofile(None)
+        try:
+            yield
+        finally:
+            sys.setprofile(before)
+
     def _profile(self, frame: Any, event: str, argument: Any) -> None:
         code, counts = frame.f_code, self.is_on()
         if event != "call" or (id(code), counts) in self._codes:
