@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ class _Finder:
                     skipped[other] = _skip(other, Reason.MERGED)
         shortcuts = [self._shortcut(add, s) for add, s in skipped.items() if s.reason is Reason.PROJECTION]
         return Findings(
-            tuple(named(list(residuals.values()), self.kinds.modules)),
+            tuple(named([_apart(r, residuals) for r in residuals.values()], self.kinds.modules)),
             tuple(skipped.values()),
             tuple(s for s in shortcuts if s is not None),
         )
@@ -250,6 +251,33 @@ def _entangled(base: fx.Node, skip: Term, branch: Sequence[Term]) -> bool:
     if base in nodes or skip.value in nodes or len(nodes) != len(set(nodes)):
         return True
     return any(s in nodes or s is skip.value or s is base for s in scales)
+
+
+def _apart(residual: Residual, residuals: Mapping[fx.Node, Residual]) -> Residual:
+    """Return a residual whose branch ends where another stream begins that only looks at its skip.
+
+    Another stream that reads the skip and is read by the branch later takes a readout, as whoever is not of the branch.
+    """
+    inside = {residual.skip, *residual.region}
+    other = {n for n in residual.region if n in residuals and residuals[n].skip not in inside} - {residual.add}
+    if not other:
+        return residual
+    ends = [node for term in residual.branch for node in term.nodes if node in residual.region]
+    back = _reached(ends, lambda n: [m for m in n.all_input_nodes if m in residual.region and m not in other])
+    ahead = _reached([residual.skip], lambda n: [m for m in n.users if m in back])
+    return replace(residual, region=frozenset(ahead - {residual.skip})) if ahead.issuperset(ends) else residual
+
+
+def _reached(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return all nodes that ``step`` leads to, one after the other, from those of ``start``."""
+    found: set[fx.Node] = set()
+    waiting = list(start)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [n for n in step(node) if n not in found]
+    return found
 
 
 def _skip(add: fx.Node, reason: Reason, detail: str = "") -> Skipped:
