@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 KEPT_META = ("hc_module", "hc_location", "hc_on_values", "stack_trace")
@@ -15,6 +16,27 @@ class NodeRef(NamedTuple):
     place: int
 
 
+class OperatorRef(NamedTuple):
+    """Stands for an operator of ``torch.ops``, which does not pickle."""
+
+    name: str
+    overload: str | None
+
+    def found(self) -> Any:
+        """Return the operator."""
+        namespace, _, name = self.name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), name)
+        return packet if self.overload is None else getattr(packet, self.overload)
+
+
+def _named_target(target: Any) -> Any:
+    if isinstance(target, torch._ops.OpOverload):
+        return OperatorRef(target._schema.name, target._overloadname)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return OperatorRef(target._qualified_op_name, None)
+    return target
+
+
 def flatten_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     """Return a graph as a list of (op, name, target, args, kwargs, meta)."""
     index = {node: i for i, node in enumerate(graph.nodes)}
@@ -24,7 +46,7 @@ def flatten_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
         meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
         if getattr(node.meta.get("hc_type"), "__module__", None) in ("builtins", "torch"):
             meta["hc_type"] = node.meta["hc_type"]
-        rows.append((node.op, node.name, node.target, args, kwargs, meta))
+        rows.append((node.op, node.name, _named_target(node.target), args, kwargs, meta))
     return rows
 
 
@@ -34,6 +56,7 @@ def unflatten_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
     nodes: list[fx.Node] = []
     for op, name, target, args, kwargs, meta in rows:
         args, kwargs = (_replaced(a, NodeRef, lambda ref: nodes[ref.place]) for a in (args, kwargs))
+        target = target.found() if isinstance(target, OperatorRef) else target
         node = graph.create_node(op, target, args, kwargs, name)
         node.meta.update(meta)
         nodes.append(node)

@@ -18,6 +18,7 @@ INTERNAL_FILES = (
             "__init__.py",
             "fx/",
             "overrides.py",
+            "_ops.py",
             "_tensor.py",
             "functional.py",
             "nn/functional.py",

@@ -20,6 +20,7 @@ from .hints import Hints
 from .options import Options
 from .pipeline import Analysis, analyse_again, log_left_out
 from .planner import with_keys_of
+from .python_state import is_plain
 from .regions import in_regions
 from .report import Report
 from .rewrite import rewritten_graph
@@ -94,8 +95,8 @@ class HyperConnectedModule(fx.GraphModule):
             return super().__getattr__(name)
         except AttributeError as error:
             original = self.__dict__.get("_original")
-            if original is not None and name in original.__dict__:
-                return original.__dict__[name]
+            if original is not None and _holds_value(original, name):
+                return getattr(original, name)
             if original is None or not hasattr(type(original), name):
                 raise
             raise AttributeError(
@@ -105,7 +106,7 @@ class HyperConnectedModule(fx.GraphModule):
 
     def __setattr__(self, name: str, value: Any) -> None:
         original = self.__dict__.get("_original")
-        if original is not None and is_state(name) and name in original.__dict__ and name not in self.__dict__:
+        if original is not None and name not in self.__dict__ and is_state(name) and _holds_value(original, name):
             setattr(original, name, value)  # where traced code reads it
         else:
             super().__setattr__(name, value)
@@ -250,6 +251,12 @@ def _restored(new: HyperConnectedModule, state: dict[str, Any], graph: fx.Graph)
     new.graph = graph
     type(new).__name__ = type(state["_original"]).__name__
     return new
+
+
+def _holds_value(original: nn.Module, name: str) -> bool:
+    """Whether an attribute of the original, or of its class, is a value that traced code may read, and no method."""
+    of_class = getattr(type(original), name, original)
+    return name in original.__dict__ or is_plain(of_class) and not hasattr(nn.Module, name)
 
 
 def _has_forward_hooks(model: nn.Module, path: str) -> bool:

@@ -29,6 +29,9 @@ FACTORIES = frozenset(
 )
 
 
+UNBOUND = "add add_ sub sub_ mul mul_ lerp lerp_ addcmul addcdiv addmm baddbmm index_add __add__ __sub__".split()
+
+
 class _RecordCalls(TorchFunctionMode):
     """Send every torch call of traced code to the tracer."""
 
@@ -149,6 +152,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             *((torch, name, functools.partial(make, factory)) for name, factory in plain_factories.items()),
             *((torch, name, functools.partial(limits_of, limits)) for name, limits in plain_limits.items()),
             *_drawing(tracer),
+            *_unbound(tracer),
             (nn.Module, "training", training),
             (nn.Module, "__setattr__", set_attribute),
             (nn.Module, "__getattribute__", get_attribute),
@@ -162,3 +166,19 @@ def _drawing(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
     """Yield what is to stand for the functions of ``random`` and ``numpy.random`` that draw."""
     for draw, function in tracer.drawing_functions.values():
         yield sys.modules[draw.home], draw.name, tracer.drawing(draw, function)
+
+
+def _unbound(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is to stand for methods of tensors that code calls by their class, ``torch.Tensor.add(x, y)``."""
+
+    def method_of(name: str, plain: Any) -> Any:
+        @functools.wraps(plain)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if tracer.is_tracing() and any(type(a) is ValueProxy for a in args):
+                return tracer.create_proxy("call_method", name, args, kwargs)
+            return plain(*args, **kwargs)
+
+        return method
+
+    for name in UNBOUND:
+        yield torch.Tensor, name, method_of(name, getattr(torch.Tensor, name))

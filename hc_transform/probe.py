@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -18,31 +19,33 @@ log = logging.getLogger("hc_transform")
 
 
 def opaque_adds(model: nn.Module, wide: Trace) -> list[Skipped]:
-    """Return a verdict for each module that stayed whole in ``wide`` and adds tensors."""
+    """Return a verdict for each residual in modules that stayed whole in ``wide``, and for each of those that adds."""
     rows = []
     for path, reason in wide.opaque.items():
         if any(path.startswith(other + ".") for other in wide.opaque):
             continue
         module = model.get_submodule(path)
+        whole = Skipped(path, path, _source_of(type(module)), Reason.OPAQUE, reason)
         if path in wide.calls:
-            adds = _adds_when_called(module, *wide.calls[path])
-        else:  # not called on the example inputs, or there are none
-            adds = not wide.has_values and _may_add(module)
-        if adds:
-            rows.append(Skipped(path, path, _source_of(type(module)), Reason.OPAQUE, reason))
+            places = _adds(module, *wide.calls[path])
+            rows += [replace(whole, location=place or whole.location) for place in places]
+        elif not wide.has_values and _may_add(module):  # there are no example inputs, or it was not called on them
+            rows.append(whole)
     return rows
 
 
-def _adds_when_called(module: nn.Module, args: Any, kwargs: Any) -> bool:
-    """Whether the module adds two tensors when it is called so; if that cannot be seen, whether its code might."""
+def _adds(module: nn.Module, args: Any, kwargs: Any) -> list[str]:
+    """Return where the module has residuals when it is called so; "" for adds that are none or cannot be seen."""
     try:
         found = trace(module, bind_inputs(module, args, kwargs), probing=True)
     except (HCTransformError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         log.debug("%s could not be looked into: %s", type(module).__name__, error)
-        return _may_add(module)
+        return [""] if _may_add(module) else []
     findings = find_residuals(found.graph_module)
+    if findings.residuals:
+        return [residual.location for residual in findings.residuals]
     hidden = any(may_add(module.get_submodule(path)) for path in found.opaque)
-    return bool(findings.residuals or findings.skipped) or hidden
+    return [""] if findings.skipped or hidden else []
 
 
 def _may_add(module: nn.Module) -> bool:

@@ -105,19 +105,21 @@ def connections(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def in_order(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, nn.Module]:
-    """Return the connections in the order in which they run."""
-    order: dict[int, nn.Module] = {}
+    """Return the connections in the order in which they run, seen on a copy: calls may count themselves."""
+    twin = copy.deepcopy(model)
+    paths = {id(m): path for path, m in twin.named_modules() if isinstance(m, hct.Connection)}
+    order: dict[str, None] = {}
 
     def note(m: nn.Module, _: Any) -> None:
-        if isinstance(m, hct.Connection):
-            order.setdefault(id(m), m)
+        if id(m) in paths:
+            order.setdefault(paths[id(m)])
 
     handle = nn.modules.module.register_module_forward_pre_hook(note)
     try:
-        model(*inputs)
+        twin(*inputs)
     finally:
         handle.remove()
-    return {str(i): m for i, m in enumerate(order.values())}
+    return {str(i): model.get_submodule(path) for i, path in enumerate(order)}
 
 
 def move(found: dict[str, nn.Module]) -> None:
@@ -423,7 +425,7 @@ class _Checker:
         ours, theirs = connections(graph), connections(blocks)
         if set(ours) != set(theirs):
             with torch.no_grad():
-                ours, theirs = (in_order(copy.deepcopy(m), self.inputs()) for m in (graph, blocks))
+                ours, theirs = (in_order(m, self.inputs()) for m in (graph, blocks))
             if len(ours) != len(theirs):
                 raise Wrong(f"{len(ours)} connections run in the graph, {len(theirs)} in blocks")
         for name, connection in ours.items():
