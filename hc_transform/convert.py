@@ -27,6 +27,7 @@ from .options import Options
 from .pipeline import Analysis, analyse
 from .planner import Plan
 from .report import report_of
+from .state import generators_seeded
 from .structure import clone_structure, in_other_mode
 from .tape import record
 from .threads import one_at_a_time
@@ -146,7 +147,8 @@ def convert(
     )
     if inplace and scope == "graph":
         raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
-    with torch.inference_mode(False):  # new parameters are to be ordinary ones
+    refuse_unsupported(model)
+    with torch.inference_mode(False), generators_seeded(model):  # new parameters are to be ordinary ones
         example, expected = _prepare(model, args, kwargs, scope)
         hints = _hints(wrap_functions, leaf_modules, inline_modules)
         full = full_mode(model, example)
@@ -317,11 +319,14 @@ def plan(
     ['self_attn', 'linear1']
     """
     checked = _options(**options)
-    example, _ = _prepare(model, args, kwargs, scope)
-    hints = _hints(wrap_functions, leaf_modules, inline_modules)
-    if scope == "blocks" and example is not None:
-        return analyse_blocks(model, *example, checked, share_calls=False, refused={})[0].plan
-    return _analyse(model, example, checked, hints).plan
+    refuse_unsupported(model)
+    with torch.inference_mode(False), generators_seeded(model):
+        example, _ = _prepare(model, args, kwargs, scope)
+        hints = _hints(wrap_functions, leaf_modules, inline_modules)
+        model = full_mode(model, example) or model
+        if scope == "blocks" and example is not None:
+            return analyse_blocks(model, *example, checked, share_calls=False, refused={})[0].plan
+        return _analyse(model, example, checked, hints).plan
 
 
 def _hints(
@@ -352,7 +357,6 @@ def _prepare(
     """Check the model and return the example inputs, which fit it, and its outputs on them."""
     if scope not in SCOPES:
         raise ValueError(f"scope is one of {', '.join(map(repr, SCOPES))}; got {scope!r}")
-    refuse_unsupported(model)
     if isinstance(args, torch.Tensor):
         args = (args,)
     example = (tuple(args), dict(kwargs or {})) if len(args) or kwargs else example_inputs(model)

@@ -96,6 +96,18 @@ def seed_generators(seed: int = 0) -> None:
         sys.modules["numpy"].random.seed(seed)
 
 
+@contextlib.contextmanager
+def generators_seeded(model: nn.Module) -> Iterator[None]:
+    """Seed all generators, so that what is traced draws as the runs that it is compared with; put them back on exit."""
+    undo = saved_generators(model)
+    seed_generators()
+    try:
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
 def is_generator(value: Any) -> bool:
     """Whether ``value`` is a random generator with a state of its own."""
     return isinstance(value, (random.Random, torch.Generator)) or _is_numpy_generator(value)
@@ -146,7 +158,7 @@ def _saved_buffers(modules: Iterable[nn.Module]) -> list[Undo]:
                 if not isinstance(module, torch.jit.ScriptModule):
                     module._buffers[name] = buffer  # the forward may have put another tensor in its place
                 if buffer.device.type != "meta" and not _same(buffer, saved, version):
-                    buffer.copy_(saved)
+                    buffer.data.copy_(saved)  # as it was: not a change that a backward pass is to mind
 
     return [restore]
 

@@ -141,8 +141,8 @@ def test_hooks_keep_a_module_whole():
     model.transformer.h[0].register_forward_hook(lambda *_: calls.append(1))
     hc = hct.convert(model, (tokens(),))
     assert [r.name for r in hc.hc_report.converted] == ["transformer.h.1.attn", "transformer.h.1.mlp"]
-    (opaque,) = [r for r in hc.hc_report.skipped if "hooks" in r.reason]
-    assert opaque.name == "transformer.h.0"
+    opaque = [r for r in hc.hc_report.skipped if "hooks" in r.reason]
+    assert [r.name for r in opaque] == ["transformer.h.0"] * 2, "one for each of its residuals"
     before = len(calls)
     hc(tokens())
     assert len(calls) == before + 1
@@ -186,7 +186,7 @@ def test_code_that_no_graph_can_hold_stays_whole(inner, reason):
     x = torch.randn(2, 5, 8)
     hc = hct.convert(model, (x,))
     assert len(hc.hc_report.converted) == 3
-    assert [r.name for r in hc.hc_report.skipped if reason in r.reason] == ["0"]
+    assert {r.name for r in hc.hc_report.skipped if reason in r.reason} == {"0"}
     ours, theirs = hc(x), model(x)
     torch.testing.assert_close(ours, theirs)
     parameter = next(model[0].parameters())
