@@ -71,9 +71,18 @@ class _Finder:
                 residuals.pop(other, None)
                 if sum_of(other) is not None:
                     skipped[other] = _skip(other, Reason.MERGED)
+        kept = []
+        for add, residual in residuals.items():
+            apart = _apart(residual, residuals)
+            if apart is not None:
+                kept.append(apart)
+            elif name_of(add).rstrip("_") in ADDITIONS:
+                kept.append(residual)
+            else:
+                skipped[add] = _skip(add, Reason.OTHER_STREAM)
         shortcuts = [self._shortcut(add, s) for add, s in skipped.items() if s.reason is Reason.PROJECTION]
         return Findings(
-            tuple(named([_apart(r, residuals) for r in residuals.values()], self.kinds.modules)),
+            tuple(named(kept, self.kinds.modules)),
             tuple(skipped.values()),
             tuple(s for s in shortcuts if s is not None),
         )
@@ -253,9 +262,10 @@ def _entangled(base: fx.Node, skip: Term, branch: Sequence[Term]) -> bool:
     return any(s in nodes or s is skip.value or s is base for s in scales)
 
 
-def _apart(residual: Residual, residuals: Mapping[fx.Node, Residual]) -> Residual:
+def _apart(residual: Residual, residuals: Mapping[fx.Node, Residual]) -> Residual | None:
     """Return a residual whose branch ends where another stream begins that only looks at its skip.
 
+    None if nothing is left of the branch: two values are mixed, of which one goes into the other through a stream.
     Another stream that reads the skip and is read by the branch later takes a readout, as whoever is not of the branch.
     """
     inside = {residual.skip, *residual.region}
@@ -265,7 +275,7 @@ def _apart(residual: Residual, residuals: Mapping[fx.Node, Residual]) -> Residua
     ends = [node for term in residual.branch for node in term.nodes if node in residual.region]
     back = _reached(ends, lambda n: [m for m in n.all_input_nodes if m in residual.region and m not in other])
     ahead = _reached([residual.skip], lambda n: [m for m in n.users if m in back])
-    return replace(residual, region=frozenset(ahead - {residual.skip})) if ahead.issuperset(ends) else residual
+    return replace(residual, region=frozenset(ahead - {residual.skip})) if ahead.issuperset(ends) else None
 
 
 def _reached(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:

@@ -1,9 +1,10 @@
 """Of residuals that lie in branches of others, choose the level that is converted.
 
 Residuals that chain up, with the same residuals around all of them, are a level. A level is converted as a
-whole, or what lies inside of its residuals is: whichever has more residuals, the outer of equals. Where what
-lies inside is a stream of its own (residual groups of residual blocks), residuals of the level with nothing
-inside stay with it; else (attention that adds up its queries) a chain would be left with holes.
+whole, or what lies inside of its residuals is: whichever has more residuals, the outer of equals. A chain is
+opened where each of its residuals that holds others holds a stream of its own, of values as large (residual groups
+of residual blocks); its residuals with nothing inside stay with that. Else (norms that add, attention that adds up
+its queries) it would be left with holes for parts of layers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from .findings import Reason, Residual, Skipped
+from .kinds import shape_of
 from .passage import Flow, Passage
 from .trunks import as_skipped, group, is_inside
 
@@ -125,13 +127,25 @@ def _judge(level: _Level, children: Children, passage: Passage) -> None:
     full = [r for r in level.members if r.add in children]
     within: frozenset[fx.Node] = frozenset().union(*(inner.chosen for inner in level.inside))
     lengths = {r.add: inner.length for inner in level.inside for r in inner.members}
-    keeps = all(
-        _goes_through(r, children[r.add][0], passage) or max(lengths[c.add] for c in children[r.add]) > 1 for r in full
-    )
-    beside = own - {r.add for r in full} if keeps else frozenset()
-    opened = len(within | beside) > len(own) or len(own) == 1 and bool(full) and _is_a_tap(full[0], children, passage)
+    streams = all(_goes_through(r, children[r.add][0], passage) or _holds_a_stream(r, children, lengths) for r in full)
+    beside = own - {r.add for r in full} if streams else frozenset()
+    more = len(within | beside) > len(own) and (streams or len(own) == 1)
+    opened = more or len(own) == 1 and bool(full) and _is_a_tap(full[0], children, passage)
     level.chosen = within | beside if opened else own
     level.length = max([len(beside), *(inner.length for inner in level.inside)]) if opened else len(own)
+
+
+def _holds_a_stream(outer: Residual, children: Children, lengths: Mapping[fx.Node, int]) -> bool:
+    """Whether a chain inside of a residual is a stream of its own, of values as large, and no part of a layer."""
+    size = _size_of(outer)
+    return any(
+        lengths[inner.add] > 1 and (size is None or _size_of(inner) in (size, None)) for inner in children[outer.add]
+    )
+
+
+def _size_of(residual: Residual) -> int | None:
+    shape = shape_of(residual.skip)
+    return None if shape is None else shape.numel()
 
 
 def _goes_through(outer: Residual, inner: Residual, passage: Passage) -> bool:
