@@ -83,6 +83,20 @@ class FreshObject:
         return copy.deepcopy(self.template)
 
 
+class RebuiltObject:
+    """Makes an object of a class from its attributes, under a name that generated code can use."""
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.__name__ = self.__qualname__ = f"rebuilt_{cls.__name__}"
+
+    def __call__(self, **attributes: Any) -> Any:
+        """Return an object that holds ``attributes``; its ``__init__`` ran while it was traced."""
+        made: Any = self.cls.__new__(self.cls)
+        made.__dict__.update(attributes)
+        return made
+
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows its example value.
 

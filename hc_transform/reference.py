@@ -115,7 +115,7 @@ class ReferenceInterpreter(NamedInputs):
         head: Any = self.modules[readout_key(trunk)]
         axis = head.feature_axis % (streams.dim() - 1) + 1
         rows = streams.movedim(axis, -1).movedim(0, -2)  # [..., n, D]
-        flat = rows.flatten(-2).float()
+        flat = rows.flatten(-2).to(torch.promote_types(rows.dtype, torch.float32))
         normed = flat / (flat.square().mean(-1, keepdim=True) + head.norm_eps).sqrt()
         weights = torch.sigmoid(head.scale * (normed @ head.projection.flatten(0, 1)) + head.bias) + head.eps
         return torch.einsum("...n,...nd->...d", weights, rows).movedim(-1, axis - 1)

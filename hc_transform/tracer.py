@@ -32,7 +32,7 @@ from .frames import short_name, user_frame, user_lines
 from .hooks import call_hooks
 from .inputs import is_entry_of_input, place_inputs
 from .patches import patched
-from .proxy import UNKNOWN, CannotInline, FreshObject, ValueProxy
+from .proxy import UNKNOWN, CannotInline, FreshObject, RebuiltObject, ValueProxy
 from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
 from .state import is_generator
 from .structure import copy_inputs
@@ -282,12 +282,23 @@ class ValueTracer(fx.Tracer):
     def _object(self, a: Any) -> fx.Node:
         """Return a node for an object that traced code made: a new one, as it is now, on every call."""
         if id(a) not in self._objects:
-            if any(isinstance(leaf, fx.Proxy) for leaf in vars(a).values()) or self._is_of_a_module(a):
+            if self._is_of_a_module(a):
                 raise NotImplementedError(f"argument of type: {type(a)}")
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(list(vars(a).values()))):
+                return self._rebuilt(a)
             node = self.create_node("call_function", FreshObject(copy_inputs(a)), (), {})
             node.meta["hc_type"] = type(a)
             self._objects[id(a)] = (a, node)  # kept alive, so that its id stays its own
         return self._objects[id(a)][1]
+
+    def _rebuilt(self, a: Any) -> fx.Node:
+        """Return a node that makes an object of values of the graph, such as an output of a class of the user's."""
+        fields = {name: self.create_arg(value) for name, value in vars(a).items()}
+        if not all(name.isidentifier() for name in fields) or type(type(a).__new__(type(a))) is not type(a):
+            raise NotImplementedError(f"argument of type: {type(a)}")
+        node = self.create_node("call_function", RebuiltObject(type(a)), (), fields)
+        node.meta["hc_type"] = type(a)
+        return node
 
     def _is_of_a_module(self, a: Any) -> bool:
         """Whether an object is no value of this call but a method, a function, or something that a module holds."""
