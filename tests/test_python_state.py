@@ -423,7 +423,8 @@ class OfTheLeaf(Block):
 
 
 WRITES = [
-    Counter, Collector, InADeque, InADict, InAnObject, InAGlobal, InAGlobalList, InTheClass, InTheClassByName, OfTheLeaf,
+    Counter, Collector, InADeque, InADict, InAnObject, InAGlobal, InAGlobalList, InTheClass, InTheClassByName,
+    OfTheLeaf,
 ]  # fmt: skip
 
 
