@@ -127,7 +127,7 @@ def _judge(level: _Level, children: Children, passage: Passage) -> None:
     full = [r for r in level.members if r.add in children]
     within: frozenset[fx.Node] = frozenset().union(*(inner.chosen for inner in level.inside))
     lengths = {r.add: inner.length for inner in level.inside for r in inner.members}
-    streams = all(_goes_through(r, children[r.add][0], passage) or _holds_a_stream(r, children, lengths) for r in full)
+    streams = all(_goes_through(r, children, passage) or _holds_a_stream(r, children, lengths) for r in full)
     beside = own - {r.add for r in full} if streams else frozenset()
     more = len(within | beside) > len(own) and (streams or len(own) == 1)
     opened = more or len(own) == 1 and bool(full) and _is_a_tap(full[0], children, passage)
@@ -148,19 +148,19 @@ def _size_of(residual: Residual) -> int | None:
     return None if shape is None else shape.numel()
 
 
-def _goes_through(outer: Residual, inner: Residual, passage: Passage) -> bool:
-    """Whether the first residual inside of another has the same value to begin with: the trunk goes on inside."""
-    value = inner.skip
+def _goes_through(outer: Residual, children: Children, passage: Passage) -> bool:
+    """Whether the trunk goes on inside of a residual: a chain begins with its value and ends in its branch."""
+    value = children[outer.add][0].skip
     while value is not outer.skip:
         operands = passage.operands(value) if value in outer.region else []
         if not operands:
             return False
         value = operands[0]
-    return True
+    return _is_a_tap(outer, children, passage)
 
 
 def _is_a_tap(residual: Residual, children: Children, passage: Passage) -> bool:
-    """Whether a residual by itself adds an older value to a stream that runs inside: positions, in every layer."""
+    """Whether a residual adds an older value to a stream that runs inside: positions, in every layer."""
     flow = Flow(passage, [r.add for r in children[residual.add]])
     return any(term.value is not None and flow.trunk_value(term.value) is not None for term in residual.branch)
 
