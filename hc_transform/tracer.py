@@ -388,7 +388,9 @@ class ValueTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if not self.is_tracing():
             return forward(*args, **kwargs)
-        path = self.path_of_module(m)
+        path = self.submodule_paths.get(m) if self.submodule_paths else None
+        if path is None:
+            return self._call_foreign(m, forward, args, kwargs)
         if path not in self.inline:
             return super().call_module(m, forward, args, kwargs)
         self._paths.append(path)
@@ -406,6 +408,19 @@ class ValueTracer(fx.Tracer):
             raise CannotInline(path, error) from error
         finally:
             self._paths.pop()
+
+    def _call_foreign(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace into a module that is none of the model's, such as one that was made in this forward.
+
+        Its code is part of what calls it, and a graph finds no parameters by its paths.
+        """
+        held = [v for v in (*m.parameters(), *m.buffers()) if not isinstance(v, fx.Proxy)]
+        if held:
+            name = type(m).__name__
+            raise CannotInline(
+                self._paths[-1], f"it calls a {name} that is no submodule of the model and holds tensors: register it"
+            )
+        return forward(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.inline
