@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from .inputs import is_constant
 from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy
 from .threads import replaced
+from .vmapped import record_vmap
 
 if TYPE_CHECKING:
     from .tracer import ValueTracer
@@ -100,9 +101,16 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             return plain_script(script, *args, **kwargs)
         return tracer.create_proxy("call_function", ScriptedFunction(script), args, kwargs)
 
+    def vmap(func: Any, in_dims: Any, out_dims: Any, randomness: Any, chunk_size: Any, *args: Any, **kwargs: Any) -> Any:
+        settings = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size}
+        if not tracer.is_tracing():
+            return plain_vmap(func, *settings.values(), *args, **kwargs)
+        return record_vmap(tracer, func, settings, args, kwargs)
+
     # checkpoint() is imported by name into user code, so what it calls is patched; the name varies by version.
     generators = [n for n in vars(torch.utils.checkpoint) if n.startswith("_checkpoint_without_reentrant_generator")]
     plain_checkpoints = {name: getattr(torch.utils.checkpoint, name) for name in generators}
+    plain_vmap = torch._functorch.apis.vmap_impl
     plain_enter = torch.autocast.__enter__
     plain_factories = {name: getattr(torch, name) for name in FACTORIES}
     plain_limits = {name: getattr(torch, name) for name in ("finfo", "iinfo")}
@@ -140,6 +148,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
 
     with (
         replaced(
+            (torch._functorch.apis, "vmap_impl", vmap),
             (torch.autocast, "__enter__", enter),
             (torch._C.ScriptFunction, "__call__", call_script),
             (builtins, "isinstance", value_isinstance),

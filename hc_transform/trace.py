@@ -149,7 +149,7 @@ def trace(
     keep_plain_tensors(graph_module, work)
     graph.lint()
     calls = {path: call for path, call in tracer.calls.items() if call is not None}
-    state = PythonState(tracer.watch.guards(), tuple(sorted(inlined)), observed)
+    state = PythonState(tracer.watch.guards(), tuple(sorted(inlined | tracer.inlined_within)), observed)
     deciders = frozenset(tracer.deciders)
     return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None, state, deciders)
 

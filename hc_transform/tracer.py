@@ -35,7 +35,7 @@ from .patches import patched
 from .proxy import UNKNOWN, CannotInline, FreshObject, ValueProxy
 from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
 from .state import is_generator
-from .structure import copy_inputs
+from .structure import copy_inputs, has_hooks
 from .watch import Watch
 
 
@@ -88,6 +88,9 @@ class ValueTracer(fx.Tracer):
         self.reads_training = False
         self._paths = [""]
         self._known: dict[Any, ValueProxy] = {}
+        self._value_of: dict[fx.Node, Any] = {}
+        self._inlines_all = False
+        self.inlined_within: set[str] = set()
         self._decided: set[Any] = set()
         self._aliases = Aliases()
         self._objects: dict[int, tuple[Any, fx.Node]] = {}
@@ -299,6 +302,7 @@ class ValueTracer(fx.Tracer):
                 node.meta["tensor_meta"] = _extract_tensor_metadata(value)
         if value is not UNKNOWN:
             node.meta["hc_type"] = type(value)
+        self._value_of[node] = value
         proxy = ValueProxy(node, self, value)
         if isinstance(value, torch.Tensor):
             with self._untraced():
@@ -391,6 +395,8 @@ class ValueTracer(fx.Tracer):
         path = self.submodule_paths.get(m) if self.submodule_paths else None
         if path is None:
             return self._call_foreign(m, forward, args, kwargs)
+        if self._inlines_all:
+            return self._call_inlined(m, path, forward, args, kwargs)
         if path not in self.inline:
             return super().call_module(m, forward, args, kwargs)
         self._paths.append(path)
@@ -408,6 +414,29 @@ class ValueTracer(fx.Tracer):
             raise CannotInline(path, error) from error
         finally:
             self._paths.pop()
+
+    @contextlib.contextmanager
+    def inlining_all(self) -> Iterator[None]:
+        """Trace into every module; what is found meanwhile of what the code reads and decides is not met again."""
+        known, decided, before = dict(self._known), set(self._decided), self._inlines_all
+        self._inlines_all = True
+        try:
+            yield
+        finally:
+            self._inlines_all = before
+            kept = {key: proxy for key, proxy in self._known.items() if proxy.node.op == "get_attr"}
+            self._known, self._decided = known | kept, decided
+
+    def _call_inlined(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace into a module that is called where a graph cannot call it."""
+        if has_hooks(m):
+            raise CannotInline(self._paths[-1], f"it calls {path}, which has hooks, within torch.vmap")
+        self.inlined_within.add(path)
+        return forward(*args, **kwargs)
+
+    def proxy_of(self, node: fx.Node) -> ValueProxy:
+        """Return a proxy of a node that was recorded."""
+        return ValueProxy(node, self, self._value_of[node])
 
     def _call_foreign(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         """Trace into a module that is none of the model's, such as one that was made in this forward.
