@@ -27,9 +27,9 @@ from .options import Options
 from .pipeline import Analysis, analyse
 from .planner import Plan
 from .report import report_of
-from .structure import clone_structure, in_other_mode
+from .structure import clone_structure, in_other_mode, uncompile
 from .tape import record
-from .threads import one_at_a_time
+from .threads import one_at_a_time, uncompiled
 from .trace import bind_inputs, describe
 from .variants import decides_on_training
 from .verify import not_equivalent, run_like, tolerance_of
@@ -146,7 +146,8 @@ def convert(
     )
     if inplace and scope == "graph":
         raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
-    with torch.inference_mode(False):  # new parameters are to be ordinary ones
+    # New parameters are to be ordinary ones, and what is compiled in the model is looked into.
+    with torch.inference_mode(False), uncompiled():
         example, expected = _prepare(model, args, kwargs, scope)
         hints = _hints(wrap_functions, leaf_modules, inline_modules)
         full = full_mode(model, example)
@@ -244,7 +245,8 @@ def _convert_graph(model: nn.Module, example: Example | None, expected: Any, wan
     analysis = _analyse(model, example, wanted.options, wanted.hints)
     connections = make_connections(analysis.plan)
     modules = connection_dict(connections, analysis.plan)
-    converted = HyperConnectedModule(clone_structure(model), analysis, modules, wanted.hints)
+    original = uncompile(clone_structure(model), analysis.trace.inlined)
+    converted = HyperConnectedModule(original, analysis, modules, wanted.hints)
     notes, error = [OPTIMIZER_NOTE], None
     if example is not None and decides_on_training(analysis.trace.graph_module.graph):
         with in_other_mode(converted):  # now, for compiled code cannot
@@ -319,9 +321,10 @@ def plan(
     checked = _options(**options)
     example, _ = _prepare(model, args, kwargs, scope)
     hints = _hints(wrap_functions, leaf_modules, inline_modules)
-    if scope == "blocks" and example is not None:
-        return analyse_blocks(model, *example, checked, share_calls=False, refused={})[0].plan
-    return _analyse(model, example, checked, hints).plan
+    with uncompiled():
+        if scope == "blocks" and example is not None:
+            return analyse_blocks(model, *example, checked, share_calls=False, refused={})[0].plan
+        return _analyse(model, example, checked, hints).plan
 
 
 def _hints(

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from .inputs import is_constant
-from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy
+from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
 from .threads import replaced
 from .vmapped import record_vmap
 
@@ -158,10 +158,12 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             *((torch, name, functools.partial(make, factory)) for name, factory in plain_factories.items()),
             *((torch, name, functools.partial(limits_of, limits)) for name, limits in plain_limits.items()),
             *_drawing(tracer),
+            *_compiled(tracer),
             (nn.Module, "training", training),
             (nn.Module, "__setattr__", set_attribute),
             (nn.Module, "__getattribute__", get_attribute),
         ),
+        torch._dynamo.config.patch(error_on_nested_fx_trace=False),
         _RecordCalls(tracer),
     ):
         yield
@@ -171,3 +173,12 @@ def _drawing(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
     """Yield what is to stand for the functions of ``random`` and ``numpy.random`` that draw."""
     for draw, function in tracer.drawing_functions.values():
         yield sys.modules[draw.home], draw.name, tracer.drawing(draw, function)
+
+
+def _compiled(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is to stand for the compiled functions that are globals of the code of the traced modules."""
+    homes = {cls.__module__ for module in tracer.root.modules() for cls in type(module).__mro__}
+    for home in (sys.modules.get(name) for name in homes if not name.startswith("torch.nn.modules")):
+        for name, value in list(vars(home).items()) if home is not None else ():
+            if is_compiled(value):
+                yield home, name, tracer.kept_whole(value)

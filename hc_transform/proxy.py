@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -69,6 +71,29 @@ class ScriptedFunction:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ScriptedFunction:
         return self  # it has no state, and cannot be copied
+
+
+class CompiledFunction:
+    """A function that ``torch.compile`` made, under a name that generated code can use."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = f"compiled_{getattr(function, '__name__', 'function')}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledFunction:
+        return self  # as copies of functions are
+
+
+def is_compiled(value: Any) -> bool:
+    """Whether ``torch.compile`` made a function, or it is FlexAttention, which compiles itself."""
+    if type(value) is not FunctionType:
+        return False
+    home = sys.modules.get("torch.nn.attention.flex_attention")
+    return "_torchdynamo_orig_callable" in value.__dict__ or home is not None and value is vars(home)["flex_attention"]
 
 
 class FreshObject:

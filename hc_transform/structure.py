@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,34 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def has_hooks(module: nn.Module, forward: bool = True) -> bool:
     """Whether hooks run when ``module`` is called, or differentiated; without ``forward`` others than forward hooks."""
     return any(getattr(module, name, None) for name in HOOKS if forward or name != "_forward_hooks")
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """Return the module that ``torch.compile`` made ``module`` of, None if it did not."""
+    return module._orig_mod if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) else None
+
+
+class Uncompiled(nn.Module):
+    """Stands for a module that is compiled where a graph holds its code, under the same names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self._orig_mod(*args, **kwargs)
+
+
+def uncompile(model: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """Undo ``torch.compile`` of the modules at ``paths``, for compiled code finds nothing by paths through them."""
+    for path in sorted(paths):
+        written = compiled_from(model.get_submodule(path))
+        if written is not None:
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules[name] = Uncompiled(written)
+    return model
 
 
 def clone_structure(model: nn.Module) -> nn.Module:

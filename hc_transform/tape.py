@@ -29,8 +29,8 @@ from .frames import user_frame, user_lines
 from .kinds import Kind, Kinds
 from .proxy import AppliedFunction, set_item
 from .state import seed_generators, state_restored
-from .structure import copy_inputs, keep_plain_tensors
-from .threads import replaced
+from .structure import compiled_from, copy_inputs, has_hooks, keep_plain_tensors
+from .threads import replaced, uncompiled
 from .tracer import SHAPE_ATTRIBUTES
 from .watch import shared_state_restored
 
@@ -82,7 +82,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Run ``model`` once and return the tape. State and random numbers are put back afterwards."""
     args, kwargs = copy_inputs(tuple(args)), copy_inputs(dict(kwargs))
     recorder = _Recorder(model)
-    with state_restored(model), shared_state_restored(model), torch.no_grad(), recorder.patched():
+    with state_restored(model), shared_state_restored(model), torch.no_grad(), uncompiled(), recorder.patched():
         seed_generators()
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         for tensor in inputs:
@@ -164,6 +164,9 @@ class _Recorder(TorchFunctionMode):
         self.count[path] += 1
         try:
             several = len(tensors_in((args, kwargs))) > 1  # one that adds them up is looked into
+            written = None if has_hooks(module) else compiled_from(module)
+            if written is not None:
+                return written(*args, **kwargs)
             if path == "" or not self._is_leaf(module) or several and may_add(module):
                 return plain(module, *args, **kwargs)
         finally:

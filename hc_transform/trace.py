@@ -26,6 +26,7 @@ from .python_state import PythonState
 from .reads import is_shape_read
 from .state import Undo, saved_state, state_restored
 from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors
+from .threads import uncompiled
 from .tracer import ValueTracer
 
 log = logging.getLogger("hc_transform")
@@ -115,7 +116,7 @@ def trace(
         values = {} if inputs is None else copy_inputs(dict(inputs))
         try:
             # Grad mode is on so that a no_grad region shows in any mode.
-            with state_restored(work), torch.inference_mode(False), torch.enable_grad():
+            with state_restored(work), torch.inference_mode(False), torch.enable_grad(), uncompiled():
                 given = values if inputs is not None else _defaults(model)
                 tracer = ValueTracer(
                     inlined, given, hints.wrap_functions, probing=probing, observed=observed, merges_inputs=loose
@@ -192,8 +193,6 @@ def _loosened(
 def _must_stay_leaf(module: nn.Module, observed: bool) -> str | None:
     if has_hooks(module, forward=not observed):
         return "it has hooks, which a graph of its code would not call"
-    if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
-        return "it is compiled already; convert first, compile afterwards"
     return None
 
 

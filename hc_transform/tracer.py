@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import linecache
 import math
@@ -22,6 +23,7 @@ import einops
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
+from torch.fx import _symbolic_trace
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
@@ -32,10 +34,10 @@ from .frames import short_name, user_frame, user_lines
 from .hooks import call_hooks
 from .inputs import is_entry_of_input, place_inputs
 from .patches import patched
-from .proxy import UNKNOWN, CannotInline, FreshObject, ValueProxy
+from .proxy import UNKNOWN, CannotInline, CompiledFunction, FreshObject, ValueProxy, is_compiled
 from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
 from .state import is_generator
-from .structure import copy_inputs, has_hooks
+from .structure import compiled_from, copy_inputs, has_hooks
 from .watch import Watch
 
 
@@ -104,6 +106,7 @@ class ValueTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Return the graph of ``root.forward``. Raises CannotInline with the module to blame."""
+        self.root = root
         self.watch = Watch(root, self.is_tracing, lambda: self._paths[-1])
         changed: list[tuple[str, str]] = []
         try:
@@ -251,7 +254,18 @@ class ValueTracer(fx.Tracer):
         if draw is not None:
             return self.drawing(draw, value)
         self.watch.read(module, name, value)
-        return value
+        return self.kept_whole(value) if is_compiled(value) else value
+
+    def kept_whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what traced code is to call in place of a function that a graph calls as it is."""
+
+        @functools.wraps(function)
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            if not self.is_tracing() or not any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs))):
+                return function(*args, **kwargs)
+            return self.create_proxy("call_function", CompiledFunction(function), args, kwargs)
+
+        return whole
 
     def drawing(self, draw: Draw, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return what traced code is to call in place of a function that draws."""
@@ -328,10 +342,12 @@ class ValueTracer(fx.Tracer):
     @contextlib.contextmanager
     def _untraced(self) -> Iterator[None]:
         before, self.evaluating = self.evaluating, True
+        flag = _say_that_fx_traces(False)  # functions that are compiled refuse to run where it does
         try:
             yield
         finally:
             self.evaluating = before
+            _say_that_fx_traces(flag)
 
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
         """Return what :meth:`_evaluate` does, or what it did in the trace that the script is of."""
@@ -399,6 +415,7 @@ class ValueTracer(fx.Tracer):
             return self._call_inlined(m, path, forward, args, kwargs)
         if path not in self.inline:
             return super().call_module(m, forward, args, kwargs)
+        forward = compiled_from(m) or forward
         self._paths.append(path)
         try:
             output = super().call_module(m, forward, args, kwargs)
@@ -473,6 +490,17 @@ class ValueTracer(fx.Tracer):
         if key not in self._known:
             self._known[key] = self._proxy_of(self.create_node("get_attr", target, (), {}), actual)
         return self._known[key]
+
+
+def _say_that_fx_traces(value: bool) -> bool:
+    """Set what ``is_fx_symbolic_tracing`` tells; return what it was."""
+    home: Any = _symbolic_trace
+    if not hasattr(home, "_set_is_fx_tracing"):  # torch 2.13
+        before, home._is_fx_tracing_flag = home._is_fx_tracing_flag, value
+        return bool(before)
+    before = home._get_is_fx_tracing()
+    home._set_is_fx_tracing(value)
+    return bool(before)
 
 
 def _may_draw(kind: str, target: Any, args: Any) -> bool:

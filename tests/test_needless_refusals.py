@@ -9,6 +9,7 @@ import torch
 from checks import error, outputs_and_gradients
 from einops.layers.torch import Rearrange
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 
 import hc_transform as hct
 
@@ -131,3 +132,70 @@ class Zeroed(nn.Module):
 
     def forward(self, x):
         return self.block(x)
+
+
+# -- what is compiled within the model
+
+
+def doubled(y):
+    return 2 * y.relu()
+
+
+def attend(y):
+    return flex_attention(*3 * (y[:, None],))[:, 0]
+
+
+compiled = torch.compile(doubled, backend="eager")
+compiled_attention = torch.compile(flex_attention, backend="eager")
+
+
+class Attending(Block):
+    """FlexAttention called where the residual is added."""
+
+    def forward(self, x):
+        q = self.f(x)[:, None]
+        return x + self.how(q, q, q)[:, 0]
+
+
+COMPILED = {
+    "a-global": lambda block, y: compiled(y),
+    "flex-attention": lambda block, y: attend(y),
+    "compiled-flex-attention": lambda block, y: compiled_attention(*3 * (y[:, None],))[:, 0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("how", COMPILED.values(), ids=COMPILED)
+def test_compiled_functions_in_a_branch(how, scope):
+    model, x = stack(how).eval(), x_of(2, 16, D)
+    with torch.no_grad():
+        hc = hct.convert(model, x, scope=scope)
+        assert len(hc.hc_report.converted) == 2, str(hc.hc_report)
+        assert error(hc(x), model(x)) < 1e-5
+        assert error(hc(x[:1]), model(x[:1])) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("how", [flex_attention, compiled_attention], ids=["flex", "compiled-flex"])
+def test_a_compiled_function_that_the_model_holds_stays_one_call(how, scope):
+    model, x = nn.Sequential(Attending(how), Attending(how)).eval(), x_of(2, 16, D)
+    with torch.no_grad():
+        hc = hct.convert(model, x, scope=scope)
+        graph = hc.graph if scope == "graph" else hct.block_graphs(hc)["0"][0]
+        calls = [n for n in graph.nodes if n.op == "call_function" and getattr(n.target, "function", None) is how]
+        assert len(calls) == (2 if scope == "graph" else 1), graph
+        assert error(hc(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_block_that_is_compiled_is_looked_into(scope):
+    model, x = stack(lambda block, y: y.relu(), depth=3), x_of()
+    model[1] = torch.compile(model[1], backend="eager")
+    hc = hct.convert(model, x, scope=scope)
+    assert [r.name for r in hc.hc_report.converted] == ["0", "1._orig_mod", "2"]
+    assert set(model.state_dict()) <= set(hc.state_dict())
+    assert error(hc(x), model(x)) < 1e-5
+    torch._dynamo.reset()
+    assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), model(x)) < 1e-5
