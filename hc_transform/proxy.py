@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from . import guards
+from .asserts import assert_of, check_assert
 
 if TYPE_CHECKING:
     from .tracer import ValueTracer
@@ -162,8 +163,13 @@ class ValueProxy(fx.Proxy):
     def __bool__(self) -> bool:
         if self.hc_value is UNKNOWN:
             return super().__bool__()
-        self._note_values()
         answer = bool(self.hc_value)
+        if self._is_of_values():
+            asserted = assert_of(sys._getframe(1))
+            if asserted is not None and asserted.expected == answer:
+                self.tracer.create_proxy("call_function", check_assert, (self, *asserted), {})
+                return answer
+        self._note_values()
         self._decided(guards.check_true if answer else guards.check_false)
         return answer
 
@@ -255,8 +261,11 @@ class ValueProxy(fx.Proxy):
 
     def _note_values(self) -> None:
         """Note that the code decides on a tensor, or on what was computed from a tensor's values or drawn."""
-        if isinstance(self.hc_value, torch.Tensor) or "hc_on_values" in self.node.meta:
+        if self._is_of_values():
             self.tracer.decides_on_values()
+
+    def _is_of_values(self) -> bool:
+        return isinstance(self.hc_value, torch.Tensor) or "hc_on_values" in self.node.meta
 
     def _decided(self, check: Any, *expected: Any) -> None:
         self.tracer.record_decision(self, check, *expected)

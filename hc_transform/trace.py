@@ -16,7 +16,7 @@ from torch import fx, nn
 from .aliases import written_through
 from .assignments import record_assignments, show_plain_tensors
 from .candidates import candidates, with_parents
-from .errors import TraceError, UnsupportedModel
+from .errors import HCTransformError, TraceError, UnsupportedModel
 from .frames import INTERNAL_FILES
 from .guards import CHECKS, check_equal
 from .hints import Hints
@@ -153,6 +153,17 @@ def trace(
     state = PythonState(tracer.watch.guards(), tuple(sorted(inlined | tracer.inlined_within)), observed)
     deciders = frozenset(tracer.deciders)
     return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None, state, deciders)
+
+
+def raise_own_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise what ``model`` itself raises on a call that could not be traced: a failed assert, a shape that is wrong."""
+    try:
+        with state_restored(model), torch.no_grad():
+            model(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
+    except (HCTransformError, torch.OutOfMemoryError):
+        return
+    except Exception as own:
+        raise own from None
 
 
 def _loosened(

@@ -299,7 +299,7 @@ class ValueTracer(fx.Tracer):
     def _object(self, a: Any) -> fx.Node:
         """Return a node for an object that traced code made: a new one, as it is now, on every call."""
         if id(a) not in self._objects:
-            if any(isinstance(leaf, fx.Proxy) for leaf in vars(a).values()) or self._is_of_a_module(a):
+            if self._is_of_a_module(a) or any(isinstance(leaf, fx.Proxy) for leaf in vars(a).values()):
                 raise NotImplementedError(f"argument of type: {type(a)}")
             node = self.create_node("call_function", FreshObject(copy_inputs(a)), (), {})
             node.meta["hc_type"] = type(a)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from asserting import ASSERTS, on_shape
 from checks import error, outputs_and_gradients
 from einops.layers.torch import Rearrange
 from torch import nn
@@ -199,3 +200,40 @@ def test_a_block_that_is_compiled_is_looked_into(scope):
     assert error(hc(x), model(x)) < 1e-5
     torch._dynamo.reset()
     assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), model(x)) < 1e-5
+
+
+# -- asserts
+
+
+class Asserting(Block):
+    def forward(self, x):
+        self.how(x)
+        return x + self.f(x)
+
+
+def asserting(how):
+    model = nn.Sequential(Asserting(how), Asserting(how))
+    for block in model:
+        nn.init.zeros_(block.f.weight)
+        nn.init.ones_(block.f.bias)
+    return model
+
+
+@pytest.mark.parametrize("scope", (*SCOPES, "auto"))
+@pytest.mark.parametrize("how", ASSERTS, ids=lambda f: f.__name__.replace("_", "-"))
+def test_a_failed_assert_stays_the_error_of_the_model(how, scope):
+    hc = hct.convert(asserting(how), torch.ones(4, D), scope=scope)
+    assert len(hc.hc_report.converted) == 2
+    wrong = torch.ones(9, D) if how is on_shape else torch.full((4, D), float("nan"))
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="sum"):
+            hc(wrong)
+        assert error(hc(torch.ones(5, D)), hc(torch.ones(5, D))) == 0
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("how", ASSERTS, ids=lambda f: f.__name__.replace("_", "-"))
+def test_asserts_on_values_compile(how, scope):
+    hc, x = hct.convert(asserting(how), torch.ones(4, D), scope=scope), torch.ones(4, D)
+    torch._dynamo.reset()
+    assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), hc(x)) < 1e-6
