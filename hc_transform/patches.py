@@ -110,6 +110,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     # checkpoint() is imported by name into user code, so what it calls is patched; the name varies by version.
     generators = [n for n in vars(torch.utils.checkpoint) if n.startswith("_checkpoint_without_reentrant_generator")]
     plain_checkpoints = {name: getattr(torch.utils.checkpoint, name) for name in generators}
+    plain_grad_mode = torch.is_grad_enabled
     plain_vmap = torch._functorch.apis.vmap_impl
     plain_enter = torch.autocast.__enter__
     plain_factories = {name: getattr(torch, name) for name in FACTORIES}
@@ -121,6 +122,11 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             hash(dtype)  # which records what it is
             dtype = dtype.hc_value
         return limits() if dtype is None else limits(dtype)
+
+    def is_grad_enabled() -> Any:
+        """Record the question, but of torch's own code, which chooses between ways to compute the same."""
+        asked_by_torch = str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.")
+        return plain_grad_mode() if asked_by_torch or not tracer.is_tracing() else tracer.grad_mode_flag()
 
     def enter(region: torch.autocast) -> Any:
         if (
@@ -149,6 +155,7 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
     with (
         replaced(
             (torch._functorch.apis, "vmap_impl", vmap),
+            (torch, "is_grad_enabled", is_grad_enabled),
             (torch.autocast, "__enter__", enter),
             (torch._C.ScriptFunction, "__call__", call_script),
             (builtins, "isinstance", value_isinstance),

@@ -27,6 +27,7 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
+ABOUT_GRADIENTS = frozenset({"requires_grad", "grad_fn", "is_leaf"})
 
 
 def set_item(x: Any, index: Any, value: Any) -> Any:
@@ -45,6 +46,10 @@ class CannotInline(Exception):
         super().__init__(path, cause)
         self.path = path
         self.cause = cause
+
+
+class AsksForGradients(CannotInline):
+    """The code asks whether a computed tensor requires a gradient, which is to be traced with gradients."""
 
 
 class AppliedFunction:
@@ -94,7 +99,9 @@ def is_compiled(value: Any) -> bool:
     if type(value) is not FunctionType:
         return False
     home = sys.modules.get("torch.nn.attention.flex_attention")
-    return "_torchdynamo_orig_callable" in value.__dict__ or home is not None and value is vars(home)["flex_attention"]
+    if home is not None and value is vars(home)["flex_attention"]:
+        return True
+    return "_torchdynamo_orig_callable" in value.__dict__ and "_torchdynamo_disable" not in value.__dict__
 
 
 class FreshObject:
@@ -127,6 +134,8 @@ class ValueProxy(fx.Proxy):
             raise AttributeError(name)
         if self.hc_value is UNKNOWN:
             return super().__getattr__(name)
+        if name in ABOUT_GRADIENTS and self.node.op not in ("placeholder", "get_attr"):
+            self.tracer.needs_gradients()
         attribute = self.tracer.look_at(self.hc_value, name)  # AttributeError as without tracing
         if callable(attribute) and not isinstance(attribute, torch.nn.Module):
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)

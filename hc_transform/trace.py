@@ -21,7 +21,7 @@ from .frames import INTERNAL_FILES
 from .guards import CHECKS, check_equal
 from .hints import Hints
 from .loosen import loosen
-from .proxy import UNKNOWN, CannotInline
+from .proxy import UNKNOWN, AsksForGradients, CannotInline
 from .python_state import PythonState
 from .reads import is_shape_read
 from .state import Undo, saved_state, state_restored
@@ -106,6 +106,7 @@ def trace(
     for path, module in model.named_modules():
         if path and path in wanted and not probing and (reason := _must_stay_leaf(module, path in observed)):
             opaque[path] = reason
+    grad_mode, gradients = torch.is_grad_enabled(), False
     while True:
         leaves = tuple(opaque)
         inlined = frozenset(path for path in wanted if not any(path == o or path.startswith(o + ".") for o in leaves))
@@ -119,7 +120,14 @@ def trace(
             with state_restored(work), torch.inference_mode(False), torch.enable_grad(), uncompiled():
                 given = values if inputs is not None else _defaults(model)
                 tracer = ValueTracer(
-                    inlined, given, hints.wrap_functions, probing=probing, observed=observed, merges_inputs=loose
+                    inlined,
+                    given,
+                    hints.wrap_functions,
+                    probing=probing,
+                    observed=observed,
+                    merges_inputs=loose,
+                    grad_mode=grad_mode,
+                    gradients=gradients,
                 )
                 tracer.calls.update(dict.fromkeys(opaque))
                 graph = tracer.trace(work)
@@ -131,6 +139,8 @@ def trace(
                 if restore is not None:
                     restore()
             break
+        except AsksForGradients:
+            gradients = True
         except CannotInline as failure:
             if not failure.path or failure.path not in inlined:
                 raise _root_error(model, failure, inputs is not None) from failure
@@ -186,6 +196,8 @@ def _loosened(
             observed=tracer.observed,
             script=list(tracer.evaluated),
             merges_inputs=True,
+            grad_mode=tracer.grad_mode,
+            gradients=tracer.gradients,
         )
         restore = saved_state(copied)
         made = another.trace(copied)

@@ -34,7 +34,7 @@ from .frames import short_name, user_frame, user_lines
 from .hooks import call_hooks
 from .inputs import is_entry_of_input, place_inputs
 from .patches import patched
-from .proxy import UNKNOWN, CannotInline, CompiledFunction, FreshObject, ValueProxy, is_compiled
+from .proxy import UNKNOWN, AsksForGradients, CannotInline, CompiledFunction, FreshObject, ValueProxy, is_compiled
 from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
 from .state import is_generator
 from .structure import compiled_from, copy_inputs, has_hooks
@@ -52,6 +52,8 @@ class ValueTracer(fx.Tracer):
         probing: go on where a graph could not hold what the code does.
         loose: inputs that become proxies without a check though they are constants.
         observed: modules that are traced into and have forward hooks, which the graph calls.
+        grad_mode: whether gradients are enabled in the call that is traced.
+        gradients: compute the example values with gradients, as that call does.
         script: what an earlier trace evaluated; its values are taken again, in order.
 
     Attributes:
@@ -72,6 +74,8 @@ class ValueTracer(fx.Tracer):
         observed: frozenset[str] = frozenset(),
         script: list[tuple[Any, ...]] | None = None,
         merges_inputs: bool = False,
+        grad_mode: bool = True,
+        gradients: bool = False,
     ) -> None:
         super().__init__(
             autowrap_modules=(math, einops),  # type: ignore[arg-type]
@@ -83,6 +87,8 @@ class ValueTracer(fx.Tracer):
         self.loose = loose
         self.merges_inputs = merges_inputs
         self.observed = observed
+        self.grad_mode = grad_mode
+        self.gradients = gradients and grad_mode
         self.evaluated: list[tuple[Any, ...]] = []
         self._script = None if script is None else iter(script)
         self.calls: dict[str, tuple[Any, Any] | None] = {}
@@ -229,6 +235,18 @@ class ValueTracer(fx.Tracer):
     def decides_on_values(self) -> None:
         """Note that the module that is being traced decides on values of tensors or on random numbers."""
         self.deciders.add(self._paths[-1])
+
+    def needs_gradients(self) -> None:
+        """Start anew with gradients if the call has them and this trace has not."""
+        if self.is_tracing() and self.grad_mode and not self.gradients:
+            raise AsksForGradients("", "it decides on whether a tensor requires a gradient")
+
+    def grad_mode_flag(self) -> ValueProxy:
+        """Return a proxy for ``torch.is_grad_enabled()``, asked anew on every call."""
+        if "grad_mode" not in self._known:
+            node = self.create_node("call_function", torch._C.is_grad_enabled, (), {})
+            self._known["grad_mode"] = self._proxy_of(node, self.grad_mode)
+        return self._known["grad_mode"]
 
     def draw(self, draw: Draw, args: Any, kwargs: Any) -> Any:
         """Record a draw from Python's or numpy's generator, which the graph makes anew on every call."""
@@ -383,7 +401,7 @@ class ValueTracer(fx.Tracer):
         draws = _may_draw(kind, target, args)
         if draws:
             self._refuse_draws(self._paths[-1])
-        with self._untraced(), torch.no_grad():
+        with self._untraced(), torch.set_grad_enabled(self.gradients):
             tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
             versions = [version_of(tensor) for tensor in tensors]
             if kind == "call_function":
@@ -513,7 +531,7 @@ def _may_draw(kind: str, target: Any, args: Any) -> bool:
 
 def _context_state() -> tuple[Any, ...]:
     return (
-        torch.is_grad_enabled(),
+        torch._C.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cpu"),

@@ -237,3 +237,38 @@ def test_asserts_on_values_compile(how, scope):
     hc, x = hct.convert(asserting(how), torch.ones(4, D), scope=scope), torch.ones(4, D)
     torch._dynamo.reset()
     assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), hc(x)) < 1e-6
+
+
+# -- decisions on layout and gradients
+
+
+class OnLayout(Block):
+    def forward(self, x, y):
+        x = x + self.f(x)
+        return x * 1.5 if y.is_contiguous() else x
+
+
+class OnGradient(Block):
+    def forward(self, x):
+        x = x + self.f(x)
+        return x * 1.5 if self.how(x) else x
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_decisions_on_layout(scope):
+    model, x = OnLayout(None), x_of(D, D)
+    hc = hct.convert(model, (x, x), scope=scope)
+    for y in (x, x.t(), x):
+        assert error(hc(x, y), model(x, y)) < 1e-5
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("stated", [True, False], ids=["grad-mode", "requires-grad"])
+def test_decisions_on_gradients(stated, scope):
+    model, x = OnGradient(lambda x: torch.is_grad_enabled() if stated else x.requires_grad), x_of()
+    hc = hct.convert(model, x, scope=scope)
+    for enabled in (True, False, True):
+        with torch.set_grad_enabled(enabled):
+            assert error(hc(x), model(x)) < 1e-5
+            torch._dynamo.reset()
+            assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), model(x)) < 1e-5
