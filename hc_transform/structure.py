@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import types
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .draws import shared_generators
@@ -109,13 +110,14 @@ def copy_inputs(inputs: Any) -> Any:
 
 def tensors_within(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     """Yield the tensors that an object holds, in its attributes and containers, but not those of modules."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not isinstance(value, fx.Proxy):
         yield value
         return
-    if id(value) in seen or isinstance(value, (nn.Module, type, str)):
+    if id(value) in seen or isinstance(value, (nn.Module, type, str, types.ModuleType, fx.Proxy)):
         return
     seen.add(id(value))
-    held = list(value.values()) if isinstance(value, Mapping) else []
+    # What a dictionary holds, and not what a subclass makes of it, which may import a library.
+    held = list(dict.values(value)) if isinstance(value, dict) else []
     if isinstance(value, (list, tuple, set)):
         held += value
     held += vars(value).values() if hasattr(value, "__dict__") and not callable(value) else ()
