@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -48,6 +49,32 @@ def uncompile(model: nn.Module, paths: Iterable[str]) -> nn.Module:
             parent, _, name = path.rpartition(".")
             model.get_submodule(parent)._modules[name] = Uncompiled(written)
     return model
+
+
+def stands_elsewhere(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules that forwards set on instances of ``model``'s modules are bound to, with the paths they stand for.
+
+    A closure over a bound method, such as a wrapper of the old forward, is not copied with the module that it is of.
+    """
+    for path, module in model.named_modules():
+        if "forward" in module.__dict__ and compiled_from(module) is None:
+            for other in _bound_modules(module.__dict__["forward"], 0):
+                if other is not module and type(other) is type(module):
+                    for name, part in other.named_modules():
+                        yield ".".join(filter(None, (path, name))), part
+
+
+def _bound_modules(function: Any, depth: int) -> Iterator[nn.Module]:
+    """Yield the modules that a function is bound to, by itself or through the functions that it closes over."""
+    if isinstance(function, nn.Module):
+        yield function
+    elif isinstance(function, types.MethodType):
+        yield from _bound_modules(function.__self__, depth)
+    elif isinstance(function, (types.FunctionType, functools.partial)) and depth < 4:
+        cells = getattr(function, "__closure__", None) or ()
+        held = [cell.cell_contents for cell in cells if cell != types.CellType()]
+        for value in (*held, *getattr(function, "args", ()), getattr(function, "func", None)):
+            yield from _bound_modules(value, depth + 1)
 
 
 def clone_structure(model: nn.Module) -> nn.Module:

@@ -37,7 +37,7 @@ from .patches import patched
 from .proxy import UNKNOWN, AsksForGradients, CannotInline, CompiledFunction, FreshObject, ValueProxy, is_compiled
 from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
 from .state import is_generator
-from .structure import compiled_from, copy_inputs, has_hooks
+from .structure import compiled_from, copy_inputs, has_hooks, stands_elsewhere
 from .watch import Watch
 
 
@@ -130,6 +130,10 @@ class ValueTracer(fx.Tracer):
         return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        assert self.submodule_paths is not None
+        for path, module in stands_elsewhere(self.root):
+            self.submodule_paths.setdefault(module, path)
+            self.watch.paths.setdefault(id(module), path)
         forward = self.root.forward  # bound, so that one set on the instance counts
         args, kwargs = place_inputs(self, inspect.signature(forward), self.inputs)
 
@@ -503,6 +507,8 @@ class ValueTracer(fx.Tracer):
         if not self.is_tracing() or path is None:
             return actual
         self.reads_training = True
+        with self._untraced():
+            actual = self.root.get_submodule(path).training  # of which ``module`` may be the one before a copy
         target = f"{path}.training" if path else "training"
         key = ("training", target)
         if key not in self._known:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import types
 
 import pytest
 import torch
@@ -272,3 +274,109 @@ def test_decisions_on_gradients(stated, scope):
             assert error(hc(x), model(x)) < 1e-5
             torch._dynamo.reset()
             assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), model(x)) < 1e-5
+
+
+# -- forwards that are set on instances
+
+
+def _wrapper(module):
+    old = module.forward
+
+    @functools.wraps(old)
+    def forward(x):
+        return old(x)
+
+    return forward
+
+
+REPLACED = {
+    "wrapper": _wrapper,
+    "partial": lambda module: functools.partial(type(module).forward, module),
+    "method": lambda module: types.MethodType(type(module).forward, module),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED.values(), ids=REPLACED)
+def test_a_forward_set_on_the_instance(how):
+    model, x = stack(lambda block, y: y.relu() if block.training else y.tanh()), x_of()
+    for block in model:
+        block.forward = how(block)
+    hc = check(None, x, "auto", model)
+    assert error(hc.train()(x), model.train()(x)) < 1e-5
+    assert error(hc.eval()(x), model.eval()(x)) < 1e-5
+    with torch.no_grad():
+        model[0].f.weight.mul_(2)
+    assert error(hc(x), model(x)) < 1e-5
+    with pytest.raises(hct.NothingToConvert, match="set on the instance"):
+        hct.convert(model, x, scope="blocks")
+
+
+# -- which scope
+
+
+class Asked(nn.Sequential):
+    def features(self, x):
+        return self[0](x)
+
+
+class Propertied(nn.Sequential):
+    @property
+    def width(self):
+        return D
+
+
+class Private(nn.Sequential):
+    def _init_weights(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("cls", "stays"),
+    [(Asked, True), (Propertied, True), (Private, False), (nn.Sequential, False)],
+    ids=["method", "property", "private", "forward-alone"],
+)
+def test_a_model_that_is_more_than_its_forward_stays_itself(cls, stays):
+    model, x = cls(Block(lambda block, y: y), Block(lambda block, y: y)), x_of()
+    hc = hct.convert(model, x)
+    assert isinstance(hc, cls) is stays
+    assert len(hc.hc_report.converted) == len(hct.plan(model, x).residuals) == 2
+    assert ("has features" in str(hc.hc_report)) is (cls is Asked)
+    assert not isinstance(hct.convert(model, x, scope="graph"), cls)
+
+
+class Decides(nn.Sequential):
+    def forward(self, x):
+        assert isinstance(x, torch.Tensor)
+        return types.MappingProxyType({"out": super().forward(x)})
+
+
+def test_plan_falls_back_to_blocks_as_convert_does():
+    model, x = Decides(Block(lambda block, y: y), Block(lambda block, y: y)), x_of()
+    names = [r.name for r in hct.convert(model, x).hc_report.converted]
+    assert [r.name for r in hct.plan(model, x).residuals] == names == ["0", "1"]
+    with pytest.raises(hct.HCTransformError):
+        hct.plan(model, x, scope="graph")
+
+
+class Lazy(dict):
+    """Loads what it is asked for, as libraries' registries do."""
+
+    def values(self, *args):
+        raise AssertionError("loaded")
+
+    items = __getitem__ = get = copy = values
+
+
+REGISTRY = Lazy(a=1)
+
+
+class Registered(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) if "a" in REGISTRY else x
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_dictionaries_that_load_what_they_are_asked_for_are_not_asked(scope):
+    model, x = Registered(Block(lambda block, y: y), Block(lambda block, y: y)), x_of()
+    hc = hct.convert(model, x, scope=scope)
+    assert error(hc(x), model(x)) < 1e-5
