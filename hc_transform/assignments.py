@@ -67,9 +67,9 @@ def record_assignments(
             stored = fx.node.map_aggregate(value, lambda v: v.node if isinstance(v, fx.Proxy) else v)
             graph.call_function(assign, (attributes, name, stored))
     for path in sorted(inlined):  # what was changed without being set
-        name = _changed_inside(work.get_submodule(path), model.get_submodule(path))
-        if name is not None:
-            raise CannotInline(path, f"its code changes what its attribute {name!r} holds, which a graph would not")
+        changed = _changed_inside(work.get_submodule(path), model.get_submodule(path))
+        if changed is not None:
+            raise CannotInline(path, f"its code changes what its attribute {changed!r} holds, which a graph would not")
 
 
 def _stored(module: nn.Module, name: str) -> tuple[str, Any]:

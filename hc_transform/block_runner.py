@@ -25,7 +25,7 @@ from .planner import Plan, with_keys_of
 from .rewrite import rewritten_graph
 from .state import state_restored
 from .structure import clone_structure
-from .trace import bind_inputs
+from .trace import bind_inputs, raise_own_error
 from .trunks import Trunk, flow_of
 from .variants import Variant, adopt_constants, decides_on_training, run_compiled, run_first
 
@@ -93,6 +93,8 @@ class BlockRunner:
         try:
             return self.trace(block, number, args, kwargs, change)
         except Exception as error:
+            given: Any = read_out((args, kwargs))
+            raise_own_error(original_of(block), *given)
             text = str(error) if isinstance(error, HCTransformError) else f"{type(error).__name__}: {error}"
             failure = BlockError(text)
             failure.block = self.plan.path

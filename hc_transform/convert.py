@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
+import types
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from torch import nn
 from .additions import CONNECTIONS_NAME, connection_dict, make_connections
 from .compare import compare
 from .connections import ConnectionLike
-from .convert_blocks import analyse_blocks, convert_blocks, move_into
+from .convert_blocks import convert_blocks, move_into
 from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .examples import example_inputs
 from .find import find_residuals
@@ -28,9 +30,9 @@ from .pipeline import Analysis, analyse
 from .planner import Plan
 from .report import report_of
 from .state import generators_seeded
-from .structure import clone_structure, in_other_mode
+from .structure import clone_structure, in_other_mode, uncompile
 from .tape import record
-from .threads import one_at_a_time
+from .threads import one_at_a_time, uncompiled
 from .trace import bind_inputs, describe
 from .variants import decides_on_training
 from .verify import not_equivalent, run_like, tolerance_of
@@ -42,6 +44,8 @@ log = logging.getLogger("hc_transform")
 OPTIMIZER_NOTE = "An optimizer made before the conversion does not know the new parameters: make it anew."
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 LOTS = frozenset("rand rand_like randn randint randperm multinomial bernoulli bernoulli_ uniform_ random_".split())
+MAY_BE_BLOCKS = (TraceError, UnsupportedModel, NothingToConvert)  # what one graph is refused with
+USUAL = frozenset(dir(nn.Module))
 SCOPES = ("graph", "blocks", "auto")
 
 
@@ -106,8 +110,8 @@ def convert(
             "carry" the streams: the shortcut is applied to each of them.
         min_residuals: trunks with fewer residuals are left alone.
         scope: "graph", one FX graph of the whole model; "blocks", the model stays itself (class, methods,
-            ``generate``) and the modules that hold residuals run graphs; "auto", graph where the whole
-            model can be traced, else blocks.
+            ``generate``) and the modules that hold residuals run graphs; "auto", blocks for a class with
+            public methods or properties of its own, graph for one that is its forward alone, else whichever converts.
         share_calls: with scope "blocks", one connection for all calls of a module that is called several
             times, in place of one for each.
         inplace: with scope "blocks", change ``model`` itself and return it.
@@ -148,7 +152,8 @@ def convert(
     if inplace and scope == "graph":
         raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
     refuse_unsupported(model)
-    with torch.inference_mode(False), generators_seeded(model):  # new parameters are to be ordinary ones
+    # New parameters are to be ordinary ones, and what is compiled in the model is looked into.
+    with torch.inference_mode(False), generators_seeded(model), uncompiled():
         example, expected = _prepare(model, args, kwargs, scope)
         hints = _hints(wrap_functions, leaf_modules, inline_modules)
         full = full_mode(model, example)
@@ -174,22 +179,47 @@ def _convert(model: nn.Module, example: Example | None, expected: Any, wanted: _
     """Return the model as one graph, or with graphs in its blocks, as the scope says."""
     if wanted.scope == "blocks":
         return _convert_blocks(model, example, expected, wanted, "")
+    if wanted.scope == "graph" or example is None:
+        return _convert_graph(model, example, expected, wanted)
+    own = own_interface(model)
+    if own:
+        why = (
+            f"{type(model).__name__} has {', '.join(own[:3])}{' and more' if len(own) > 3 else ''}, as a graph has not"
+        )
+        with contextlib.suppress(HCTransformError):
+            return _convert_blocks(model, example, expected, wanted, why)
+    return _convert_either(model, example, expected, wanted)
+
+
+def _convert_either(model: nn.Module, example: Example, expected: Any, wanted: _Wanted) -> nn.Module:
+    """Return the model as one graph; where it is none, or decides on values, with graphs in its blocks."""
     try:
         graph = _convert_graph(model, example, expected, wanted)
-    except (TraceError, UnsupportedModel) as error:
-        if wanted.scope == "graph" or example is None or isinstance(error.__cause__, ValueError):
+    except MAY_BE_BLOCKS as error:
+        if isinstance(error.__cause__, ValueError):
             raise
         try:
             return _convert_blocks(model, example, expected, wanted, f"the whole model is no one graph: {error}")
         except HCTransformError:
             raise error from None
-    if wanted.scope == "auto" and example is not None and graph.decides_on_values:
+    if graph.decides_on_values:
         why = "its code decides on values of tensors or on random numbers, which each block does by itself"
         with contextlib.suppress(HCTransformError):
-            blocks = _convert_blocks(model, example, expected, wanted, why)
-            if len(blocks.hc_report.converted) >= len(graph.hc_report.converted):  # type: ignore[union-attr]
+            blocks: Any = _convert_blocks(model, example, expected, wanted, why)
+            if len(blocks.hc_report.converted) >= len(graph.hc_report.converted):
                 return blocks
     return graph
+
+
+def own_interface(model: nn.Module) -> list[str]:
+    """Return the methods and properties of a model that its users call, beside ``forward`` and those of nn.Module."""
+    kinds = (types.FunctionType, property, classmethod, staticmethod, functools.cached_property)
+    names: dict[str, None] = {}
+    for cls in type(model).__mro__:
+        if not cls.__module__.startswith(("torch.nn.modules", "builtins")):
+            own = (name for name, member in vars(cls).items() if isinstance(member, kinds))
+            names.update(dict.fromkeys(name for name in own if name[0] != "_" and name not in USUAL))
+    return list(names)
 
 
 def _convert_in_full(
@@ -246,7 +276,8 @@ def _convert_graph(model: nn.Module, example: Example | None, expected: Any, wan
     analysis = _analyse(model, example, wanted.options, wanted.hints)
     connections = make_connections(analysis.plan)
     modules = connection_dict(connections, analysis.plan)
-    converted = HyperConnectedModule(clone_structure(model), analysis, modules, wanted.hints)
+    original = uncompile(clone_structure(model), analysis.trace.inlined)
+    converted = HyperConnectedModule(original, analysis, modules, wanted.hints)
     notes, error = [OPTIMIZER_NOTE], None
     if example is not None and decides_on_training(analysis.trace.graph_module.graph):
         with in_other_mode(converted):  # now, for compiled code cannot
@@ -320,13 +351,35 @@ def plan(
     """
     checked = _options(**options)
     refuse_unsupported(model)
-    with torch.inference_mode(False), generators_seeded(model):
+    with torch.inference_mode(False), generators_seeded(model), uncompiled():
         example, _ = _prepare(model, args, kwargs, scope)
         hints = _hints(wrap_functions, leaf_modules, inline_modules)
-        model = full_mode(model, example) or model
-        if scope == "blocks" and example is not None:
-            return analyse_blocks(model, *example, checked, share_calls=False, refused={})[0].plan
-        return _analyse(model, example, checked, hints).plan
+        return _plan(full_mode(model, example) or model, example, checked, hints, scope)
+
+
+def _plan(model: nn.Module, example: Example | None, options: Options, hints: Hints, scope: str) -> Plan:
+    """Return the plan in the scope that :func:`convert` would choose."""
+    if scope == "graph" or example is None:
+        return _analyse(model, example, options, hints).plan
+    if scope == "blocks":
+        return _plan_blocks(model, example, options, hints)
+    if own_interface(model):
+        with contextlib.suppress(HCTransformError):
+            return _plan_blocks(model, example, options, hints)
+    try:
+        return _analyse(model, example, options, hints).plan
+    except MAY_BE_BLOCKS as error:
+        try:
+            return _plan_blocks(model, example, options, hints)
+        except HCTransformError:
+            raise error from None
+
+
+def _plan_blocks(model: nn.Module, example: Example, options: Options, hints: Hints) -> Plan:
+    plan = convert_blocks(model, *example, options, hints, share_calls=False)[1].plan
+    if not plan.residuals and all(s.reason is not Reason.PLAIN for s in plan.skipped):
+        raise NothingToConvert(_nothing(model, plan))
+    return plan
 
 
 def _hints(

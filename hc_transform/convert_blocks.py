@@ -23,7 +23,7 @@ from .hooks import read_outputs
 from .keys import DROPOUT_KEY, EXPAND, READOUT
 from .options import Options
 from .planner import Plan, make_plan
-from .structure import clone_structure, in_other_mode
+from .structure import clone_structure, compiled_from, in_other_mode
 from .tape import Tape, record
 from .trace import describe
 from .verify import run_like
@@ -115,7 +115,7 @@ def _refused(model: nn.Module, hints: Hints) -> dict[str, str]:
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             refused[path] = "it is scripted"
-        elif "forward" in module.__dict__ and may_add(module):
+        elif "forward" in module.__dict__ and compiled_from(module) is None and may_add(module):
             refused[path] = "its forward is set on the instance, in place of its class's"
         elif any(path == leaf or path.startswith(leaf + ".") for leaf in chosen):
             refused[path] = "leaf_modules names it"

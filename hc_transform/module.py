@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .additions import CONNECTIONS_NAME
-from .errors import DecisionChanged
+from .errors import DecisionChanged, TraceError
 from .flat import flatten_graph, unflatten_graph
 from .hints import Hints
 from .options import Options
@@ -27,7 +28,7 @@ from .rewrite import rewritten_graph
 from .state import is_state, state_restored
 from .structure import keep_plain_tensors
 from .threads import one_at_a_time
-from .trace import bind_inputs
+from .trace import bind_inputs, raise_own_error
 from .variants import Variant, adopt_constants, run_compiled, run_first
 
 log = logging.getLogger("hc_transform")
@@ -175,11 +176,20 @@ class HyperConnectedModule(fx.GraphModule):
             return known.forward(self, *args, **kwargs)
         variant, output = run_first(variants, self, self._holder, args, kwargs)
         if variant is None:
-            variant = self.trace_variant(args, kwargs, output)
+            variant = self._variant_for(args, kwargs, output)
             output = variant.forward(self, *args, **kwargs)
         if kind is not None:
             self._chosen[kind] = variant
         return output
+
+    def _variant_for(self, args: tuple[Any, ...], kwargs: dict[str, Any], change: DecisionChanged) -> Variant:
+        """Return a new graph for a call; where there can be none, raise what the original raises on it, if it does."""
+        try:
+            return self.trace_variant(args, kwargs, change)
+        except TraceError:
+            with self._as_it_was() as original:
+                raise_own_error(original, args, kwargs)
+            raise
 
     def _kind_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return all that decisions on a call depend on; None if they depend on more than is seen from outside."""
@@ -202,24 +212,17 @@ class HyperConnectedModule(fx.GraphModule):
         Raises:
             TraceError: the model has other residuals for these inputs, or cannot be traced.
         """
-        original: nn.Module = self.__dict__["_original"]
-        original.training = self.training
-        connections = original._modules.pop(CONNECTIONS_NAME, None)  # which an nn.Sequential would call
-        try:
-            with state_restored(original):
-                analysis = analyse_again(
-                    original,
-                    bind_inputs(original, tuple(args), kwargs),
-                    self._options,
-                    self._hints,
-                    self._inlined,
-                    self._known,
-                    change,
-                    frozenset(path for path in self._inlined if path and _has_forward_hooks(original, path)),
-                )
-        finally:
-            if connections is not None:
-                original._modules[CONNECTIONS_NAME] = connections
+        with self._as_it_was() as original, state_restored(original):
+            analysis = analyse_again(
+                original,
+                bind_inputs(original, tuple(args), kwargs),
+                self._options,
+                self._hints,
+                self._inlined,
+                self._known,
+                change,
+                frozenset(path for path in self._inlined if path and _has_forward_hooks(original, path)),
+            )
         graph = rewritten_graph(analysis.trace.graph_module, with_keys_of(analysis.plan, self._keys))
         adopt_constants(self, graph, analysis.trace.graph_module)
         log.info("traced again: %s", change)
@@ -229,6 +232,18 @@ class HyperConnectedModule(fx.GraphModule):
         self._variants.append(variant)
         self._chosen.clear()
         return variant
+
+    @contextlib.contextmanager
+    def _as_it_was(self) -> Iterator[nn.Module]:
+        """Yield the original, in the present mode and without connections, which an nn.Sequential would call."""
+        original: nn.Module = self.__dict__["_original"]
+        original.training = self.training
+        connections = original._modules.pop(CONNECTIONS_NAME, None)
+        try:
+            yield original
+        finally:
+            if connections is not None:
+                original._modules[CONNECTIONS_NAME] = connections
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HyperConnectedModule:
         new = type(self).__new__(type(self))

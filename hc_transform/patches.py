@@ -16,8 +16,9 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from .inputs import is_constant
-from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy
+from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
 from .threads import replaced
+from .vmapped import record_vmap
 
 if TYPE_CHECKING:
     from .tracer import ValueTracer
@@ -103,9 +104,19 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             return plain_script(script, *args, **kwargs)
         return tracer.create_proxy("call_function", ScriptedFunction(script), args, kwargs)
 
+    def vmap(
+        func: Any, in_dims: Any, out_dims: Any, randomness: Any, chunk_size: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        settings = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size}
+        if not tracer.is_tracing():
+            return plain_vmap(func, *settings.values(), *args, **kwargs)
+        return record_vmap(tracer, func, settings, args, kwargs)
+
     # checkpoint() is imported by name into user code, so what it calls is patched; the name varies by version.
     generators = [n for n in vars(torch.utils.checkpoint) if n.startswith("_checkpoint_without_reentrant_generator")]
     plain_checkpoints = {name: getattr(torch.utils.checkpoint, name) for name in generators}
+    plain_grad_mode = torch.is_grad_enabled
+    plain_vmap = torch._functorch.apis.vmap_impl
     plain_enter = torch.autocast.__enter__
     plain_factories = {name: getattr(torch, name) for name in FACTORIES}
     plain_limits = {name: getattr(torch, name) for name in ("finfo", "iinfo")}
@@ -116,6 +127,11 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             hash(dtype)  # which records what it is
             dtype = dtype.hc_value
         return limits() if dtype is None else limits(dtype)
+
+    def is_grad_enabled() -> Any:
+        """Record the question, but of torch's own code, which chooses between ways to compute the same."""
+        asked_by_torch = str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.")
+        return plain_grad_mode() if asked_by_torch or not tracer.is_tracing() else tracer.grad_mode_flag()
 
     def enter(region: torch.autocast) -> Any:
         if (
@@ -143,6 +159,8 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
 
     with (
         replaced(
+            (torch._functorch.apis, "vmap_impl", vmap),
+            (torch, "is_grad_enabled", is_grad_enabled),
             (torch.autocast, "__enter__", enter),
             (torch._C.ScriptFunction, "__call__", call_script),
             (builtins, "isinstance", value_isinstance),
@@ -153,10 +171,12 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             *((torch, name, functools.partial(limits_of, limits)) for name, limits in plain_limits.items()),
             *_drawing(tracer),
             *_unbound(tracer),
+            *_compiled(tracer),
             (nn.Module, "training", training),
             (nn.Module, "__setattr__", set_attribute),
             (nn.Module, "__getattribute__", get_attribute),
         ),
+        torch._dynamo.config.patch(error_on_nested_fx_trace=False),
         _RecordCalls(tracer),
     ):
         yield
@@ -182,3 +202,12 @@ def _unbound(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
 
     for name in UNBOUND:
         yield torch.Tensor, name, method_of(name, getattr(torch.Tensor, name))
+
+
+def _compiled(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is to stand for the compiled functions that are globals of the code of the traced modules."""
+    homes = {cls.__module__ for module in tracer.root.modules() for cls in type(module).__mro__}
+    for home in (sys.modules.get(name) for name in homes if not name.startswith("torch.nn.modules")):
+        for name, value in list(vars(home).items()) if home is not None else ():
+            if is_compiled(value):
+                yield home, name, tracer.kept_whole(value)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from . import guards
+from .asserts import assert_of, check_assert
 
 if TYPE_CHECKING:
     from .tracer import ValueTracer
@@ -24,6 +27,7 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
+ABOUT_GRADIENTS = frozenset({"requires_grad", "grad_fn", "is_leaf"})
 
 
 def set_item(x: Any, index: Any, value: Any) -> Any:
@@ -42,6 +46,10 @@ class CannotInline(Exception):
         super().__init__(path, cause)
         self.path = path
         self.cause = cause
+
+
+class AsksForGradients(CannotInline):
+    """The code asks whether a computed tensor requires a gradient, which is to be traced with gradients."""
 
 
 class AppliedFunction:
@@ -71,6 +79,31 @@ class ScriptedFunction:
         return self  # it has no state, and cannot be copied
 
 
+class CompiledFunction:
+    """A function that ``torch.compile`` made, under a name that generated code can use."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.__name__ = self.__qualname__ = f"compiled_{getattr(function, '__name__', 'function')}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledFunction:
+        return self  # as copies of functions are
+
+
+def is_compiled(value: Any) -> bool:
+    """Whether ``torch.compile`` made a function, or it is FlexAttention, which compiles itself."""
+    if type(value) is not FunctionType:
+        return False
+    home = sys.modules.get("torch.nn.attention.flex_attention")
+    if home is not None and value is vars(home)["flex_attention"]:
+        return True
+    return "_torchdynamo_orig_callable" in value.__dict__ and "_torchdynamo_disable" not in value.__dict__
+
+
 class FreshObject:
     """Makes a new copy of an object on every call, under a name that generated code can use."""
 
@@ -86,7 +119,7 @@ class FreshObject:
 class RebuiltObject:
     """Makes an object of a class from its attributes, under a name that generated code can use."""
 
-    def __init__(self, cls: type) -> None:
+    def __init__(self, cls: Any) -> None:
         self.cls = cls
         self.__name__ = self.__qualname__ = f"rebuilt_{cls.__name__}"
 
@@ -115,6 +148,8 @@ class ValueProxy(fx.Proxy):
             raise AttributeError(name)
         if self.hc_value is UNKNOWN:
             return super().__getattr__(name)
+        if name in ABOUT_GRADIENTS and self.node.op not in ("placeholder", "get_attr"):
+            self.tracer.needs_gradients()
         attribute = self.tracer.look_at(self.hc_value, name)  # AttributeError as without tracing
         if callable(attribute) and not isinstance(attribute, torch.nn.Module):
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
@@ -151,8 +186,13 @@ class ValueProxy(fx.Proxy):
     def __bool__(self) -> bool:
         if self.hc_value is UNKNOWN:
             return super().__bool__()
-        self._note_values()
         answer = bool(self.hc_value)
+        if self._is_of_values():
+            asserted = assert_of(sys._getframe(1))
+            if asserted is not None and asserted.expected == answer:
+                self.tracer.create_proxy("call_function", check_assert, (self, *asserted), {})
+                return answer
+        self._note_values()
         self._decided(guards.check_true if answer else guards.check_false)
         return answer
 
@@ -244,8 +284,11 @@ class ValueProxy(fx.Proxy):
 
     def _note_values(self) -> None:
         """Note that the code decides on a tensor, or on what was computed from a tensor's values or drawn."""
-        if isinstance(self.hc_value, torch.Tensor) or "hc_on_values" in self.node.meta:
+        if self._is_of_values():
             self.tracer.decides_on_values()
+
+    def _is_of_values(self) -> bool:
+        return isinstance(self.hc_value, torch.Tensor) or "hc_on_values" in self.node.meta
 
     def _decided(self, check: Any, *expected: Any) -> None:
         self.tracer.record_decision(self, check, *expected)

@@ -116,11 +116,11 @@ class PythonState:
             self.bind(root)
         _, places, slow, (modules, forwards, hooks), objects = self._bound
         for holder, key, expected, read in places:
-            value = holder.get(key, _MISSING)
+            value = dict.get(holder, key, _MISSING)
             if value is not expected and (type(value) is not type(expected) or value != expected):
                 return _changed(read, value)
         for holder, key, same, read in objects:
-            if holder.get(key, _MISSING) is not same:
+            if dict.get(holder, key, _MISSING) is not same:
                 return f"{read} is another object than while tracing"
         for find, expected, read in slow:
             value = frozen(find())
@@ -154,9 +154,9 @@ def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any
             if read.expected is not Same:
                 slow.append((functools.partial(_find, read, root), read.expected, read))
         elif read.expected is Same:
-            objects.append((holder, key, holder[key], read))
+            objects.append((holder, key, dict.get(holder, key), read))
         elif isinstance(read.expected, Frozen):
-            slow.append((functools.partial(holder.get, key, _MISSING), read.expected, read))
+            slow.append((functools.partial(dict.get, holder, key, _MISSING), read.expected, read))
         else:
             places.append((holder, key, read.expected, read))
     return places, slow, objects
@@ -175,7 +175,7 @@ def _holder(read: Read, root: nn.Module) -> dict[Any, Any] | None:
     holder = owner if how == "entry" else getattr(owner, "__dict__", None)
     if how == "attribute" and hasattr(getattr(type(owner), str(key), None), "__set__"):
         return None  # a property goes before
-    return holder if isinstance(holder, dict) and key in holder else None
+    return holder if isinstance(holder, dict) and dict.__contains__(holder, key) else None
 
 
 def _find(read: Read, root: nn.Module) -> Any:

@@ -214,7 +214,7 @@ class Contents:
         if isinstance(value, (tuple, frozenset)):
             return list(value)
         if isinstance(value, CONTAINERS):
-            saved: Any = value.copy()
+            saved: Any = dict(dict.items(value)) if isinstance(value, dict) else value.copy()
             self.undo.append(lambda: refill(value, saved))
             return [*saved.values()] if isinstance(saved, dict) else [] if isinstance(saved, bytearray) else [*saved]
         if type(value).__module__.startswith("numpy") and type(value).__name__ == "ndarray":

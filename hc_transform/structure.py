@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+import functools
+import types
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .draws import shared_generators
@@ -19,6 +21,60 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def has_hooks(module: nn.Module, forward: bool = True) -> bool:
     """Whether hooks run when ``module`` is called, or differentiated; without ``forward`` others than forward hooks."""
     return any(getattr(module, name, None) for name in HOOKS if forward or name != "_forward_hooks")
+
+
+def compiled_from(module: nn.Module) -> nn.Module | None:
+    """Return the module that ``torch.compile`` made ``module`` of, None if it did not."""
+    return module._orig_mod if isinstance(module, torch._dynamo.eval_frame.OptimizedModule) else None
+
+
+class Uncompiled(nn.Module):
+    """Stands for a module that is compiled where a graph holds its code, under the same names."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = module
+        self.training = module.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self._orig_mod(*args, **kwargs)
+
+
+def uncompile(model: nn.Module, paths: Iterable[str]) -> nn.Module:
+    """Undo ``torch.compile`` of the modules at ``paths``, for compiled code finds nothing by paths through them."""
+    for path in sorted(paths):
+        written = compiled_from(model.get_submodule(path))
+        if written is not None:
+            parent, _, name = path.rpartition(".")
+            model.get_submodule(parent)._modules[name] = Uncompiled(written)
+    return model
+
+
+def stands_elsewhere(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield modules that forwards set on instances of ``model``'s modules are bound to, with the paths they stand for.
+
+    A closure over a bound method, such as a wrapper of the old forward, is not copied with the module that it is of.
+    """
+    for path, module in model.named_modules():
+        if "forward" in module.__dict__ and compiled_from(module) is None:
+            for other in _bound_modules(module.__dict__["forward"], 0):
+                if other is not module and type(other) is type(module):
+                    for name, part in other.named_modules():
+                        yield ".".join(filter(None, (path, name))), part
+
+
+def _bound_modules(function: Any, depth: int) -> Iterator[nn.Module]:
+    """Yield the modules that a function is bound to, by itself or through the functions that it closes over."""
+    if isinstance(function, nn.Module):
+        yield function
+    elif isinstance(function, types.MethodType):
+        yield from _bound_modules(function.__self__, depth)
+    elif isinstance(function, (types.FunctionType, functools.partial)) and depth < 4:
+        cells = getattr(function, "__closure__", None) or ()
+        held = [cell.cell_contents for cell in cells if cell != types.CellType()]
+        for value in (*held, *getattr(function, "args", ()), getattr(function, "func", None)):
+            yield from _bound_modules(value, depth + 1)
 
 
 def clone_structure(model: nn.Module) -> nn.Module:
@@ -81,13 +137,14 @@ def copy_inputs(inputs: Any) -> Any:
 
 def tensors_within(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     """Yield the tensors that an object holds, in its attributes and containers, but not those of modules."""
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and not isinstance(value, fx.Proxy):
         yield value
         return
-    if id(value) in seen or isinstance(value, (nn.Module, type, str)):
+    if id(value) in seen or isinstance(value, (nn.Module, type, str, types.ModuleType, fx.Proxy)):
         return
     seen.add(id(value))
-    held = list(value.values()) if isinstance(value, Mapping) else []
+    # What a dictionary holds, and not what a subclass makes of it, which may import a library.
+    held = list(dict.values(value)) if isinstance(value, dict) else []
     if isinstance(value, (list, tuple, set)):
         held += value
     held += vars(value).values() if hasattr(value, "__dict__") and not callable(value) else ()

@@ -29,8 +29,8 @@ from .frames import user_frame, user_lines
 from .kinds import Kind, Kinds
 from .proxy import AppliedFunction, set_item
 from .state import seed_generators, state_restored
-from .structure import copy_inputs, keep_plain_tensors
-from .threads import replaced
+from .structure import compiled_from, copy_inputs, has_hooks, keep_plain_tensors
+from .threads import replaced, uncompiled
 from .tracer import SHAPE_ATTRIBUTES
 from .watch import shared_state_restored
 
@@ -64,6 +64,7 @@ class Tape:
     inputs: tuple[torch.Tensor, ...]
     reads_values: bool = False
     draws: bool = False
+    closes_over: bool = False
 
     @property
     def decides(self) -> bool:
@@ -81,7 +82,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Run ``model`` once and return the tape. State and random numbers are put back afterwards."""
     args, kwargs = copy_inputs(tuple(args)), copy_inputs(dict(kwargs))
     recorder = _Recorder(model)
-    with state_restored(model), shared_state_restored(model), torch.no_grad(), recorder.patched():
+    with state_restored(model), shared_state_restored(model), torch.no_grad(), uncompiled(), recorder.patched():
         seed_generators()
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         for tensor in inputs:
@@ -91,7 +92,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         with recorder:
             output = model(*args, **kwargs)
         draws = host_states() != host
-    return Tape(recorder.finish(output), kept, recorder.reads_values, draws)
+    return Tape(recorder.finish(output), kept, recorder.reads_values, draws, recorder.closes_over)
 
 
 class _Recorder(TorchFunctionMode):
@@ -109,6 +110,8 @@ class _Recorder(TorchFunctionMode):
         self.count: Counter[str] = Counter()
         self.inside_leaf = 0
         self.reads_values = False
+        self.closes_over = False
+        self.used: dict[int, torch.Tensor] | None = None  # within torch.vmap: what its function is seen to use
 
     # -- what is recorded
 
@@ -119,6 +122,9 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if self.inside_leaf:
+            if self.used is not None:
+                known = (t for t in tensors_in((args, kwargs)) if id(t) in self.node_of or id(t) in self.attributes)
+                self.used.update((id(t), t) for t in known)
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
         if name == "__get__":
@@ -158,6 +164,9 @@ class _Recorder(TorchFunctionMode):
         self.count[path] += 1
         try:
             several = len(tensors_in((args, kwargs))) > 1  # one that adds them up is looked into
+            written = None if has_hooks(module) else compiled_from(module)
+            if written is not None:
+                return written(*args, **kwargs)
             if path == "" or not self._is_leaf(module) or several and may_add(module):
                 return plain(module, *args, **kwargs)
         finally:
@@ -168,6 +177,23 @@ class _Recorder(TorchFunctionMode):
         finally:
             self.inside_leaf -= 1
         self._results(self._node("call_module", path, args, kwargs), value)
+        return value
+
+    def vmap(self, plain: Any, func: Any, settings: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
+        """Record a call of what ``torch.vmap`` returned as one, also of what its function closes over."""
+        if self.inside_leaf:
+            return plain(func, *settings, *args, **kwargs)
+        self.inside_leaf, self.used = 1, {}
+        try:
+            value = plain(func, *settings, *args, **kwargs)
+        finally:
+            self.inside_leaf, used, self.used = 0, self.used, None
+        given = {id(tensor) for tensor in tensors_in((args, kwargs))}
+        outside = [self._node_of(tensor) for key, tensor in used.items() if key not in given]
+        self.closes_over = self.closes_over or any(node.op != "get_attr" for node in outside)
+        node = self._node("call_function", RecordedVmap(plain, func, settings), (tuple(args), dict(kwargs), ()), {})
+        node.args = (*node.args[:2], tuple(outside))
+        self._results(node, value)
         return value
 
     def _is_leaf(self, module: nn.Module) -> bool:
@@ -294,7 +320,13 @@ class _Recorder(TorchFunctionMode):
         """Let calls of modules and of custom autograd functions pass through the recorder."""
         plain_call = nn.Module.__call__
         plain_apply = torch.autograd.Function.__dict__["apply"]
+        plain_vmap = torch._functorch.apis.vmap_impl
         recorder, thread = self, threading.get_ident()
+
+        def vmap(func: Any, *given: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != thread:
+                return plain_vmap(func, *given, **kwargs)
+            return recorder.vmap(plain_vmap, func, given[:4], given[4:], kwargs)
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             if threading.get_ident() != thread:
@@ -312,7 +344,11 @@ class _Recorder(TorchFunctionMode):
             recorder._results(recorder._node("call_function", AppliedFunction(cls), args, kwargs), value)
             return value
 
-        with replaced((nn.Module, "__call__", call), (torch.autograd.Function, "apply", classmethod(apply))):
+        with replaced(
+            (nn.Module, "__call__", call),
+            (torch.autograd.Function, "apply", classmethod(apply)),
+            (torch._functorch.apis, "vmap_impl", vmap),
+        ):
             yield
 
 
@@ -330,6 +366,19 @@ class _TapeModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Make no code."""
+
+
+class RecordedVmap:
+    """Calls what ``torch.vmap`` returned as it was called in a recorded run."""
+
+    __name__ = "vmap"
+
+    def __init__(self, vmap: Any, function: Any, settings: tuple[Any, ...]) -> None:
+        self.vmap, self.function, self.settings = vmap, function, settings
+
+    def __call__(self, args: Any, kwargs: Any, outside: Any) -> Any:
+        """Call it; ``outside`` is what its function has closed over."""
+        return self.vmap(self.function, *self.settings, *args, **kwargs)
 
 
 def tensors_in(value: Any) -> list[torch.Tensor]:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import torch
 from torch._dynamo.convert_frame import compile_lock
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -25,6 +26,11 @@ def one_at_a_time(function: Function) -> Function:
             return function(*args, **kwargs)
 
     return alone  # type: ignore[return-value]
+
+
+def uncompiled() -> Any:
+    """Return a context in which functions made by ``torch.compile`` run as they were written."""
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextlib.contextmanager

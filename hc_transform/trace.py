@@ -16,16 +16,17 @@ from torch import fx, nn
 from .aliases import written_through
 from .assignments import record_assignments, show_plain_tensors
 from .candidates import candidates, with_parents
-from .errors import TraceError, UnsupportedModel
+from .errors import HCTransformError, TraceError, UnsupportedModel
 from .frames import INTERNAL_FILES
 from .guards import CHECKS, check_equal
 from .hints import Hints
 from .loosen import loosen
-from .proxy import UNKNOWN, CannotInline
+from .proxy import UNKNOWN, AsksForGradients, CannotInline
 from .python_state import PythonState
 from .reads import is_shape_read
 from .state import Undo, saved_state, state_restored
 from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors
+from .threads import uncompiled
 from .tracer import ValueTracer
 
 log = logging.getLogger("hc_transform")
@@ -105,6 +106,7 @@ def trace(
     for path, module in model.named_modules():
         if path and path in wanted and not probing and (reason := _must_stay_leaf(module, path in observed)):
             opaque[path] = reason
+    grad_mode, gradients = torch.is_grad_enabled(), False
     while True:
         leaves = tuple(opaque)
         inlined = frozenset(path for path in wanted if not any(path == o or path.startswith(o + ".") for o in leaves))
@@ -115,10 +117,17 @@ def trace(
         values = {} if inputs is None else copy_inputs(dict(inputs))
         try:
             # Grad mode is on so that a no_grad region shows in any mode.
-            with state_restored(work), torch.inference_mode(False), torch.enable_grad():
+            with state_restored(work), torch.inference_mode(False), torch.enable_grad(), uncompiled():
                 given = values if inputs is not None else _defaults(model)
                 tracer = ValueTracer(
-                    inlined, given, hints.wrap_functions, probing=probing, observed=observed, merges_inputs=loose
+                    inlined,
+                    given,
+                    hints.wrap_functions,
+                    probing=probing,
+                    observed=observed,
+                    merges_inputs=loose,
+                    grad_mode=grad_mode,
+                    gradients=gradients,
                 )
                 tracer.calls.update(dict.fromkeys(opaque))
                 graph = tracer.trace(work)
@@ -130,6 +139,8 @@ def trace(
                 if restore is not None:
                     restore()
             break
+        except AsksForGradients:
+            gradients = True
         except CannotInline as failure:
             if not failure.path or failure.path not in inlined:
                 raise _root_error(model, failure, inputs is not None) from failure
@@ -149,9 +160,20 @@ def trace(
     keep_plain_tensors(graph_module, work)
     graph.lint()
     calls = {path: call for path, call in tracer.calls.items() if call is not None}
-    state = PythonState(tracer.watch.guards(), tuple(sorted(inlined)), observed)
+    state = PythonState(tracer.watch.guards(), tuple(sorted(inlined | tracer.inlined_within)), observed)
     deciders = frozenset(tracer.deciders)
     return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None, state, deciders)
+
+
+def raise_own_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Raise what ``model`` itself raises on a call that could not be traced: a failed assert, a shape that is wrong."""
+    try:
+        with state_restored(model), torch.no_grad():
+            model(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
+    except (HCTransformError, torch.OutOfMemoryError):
+        return
+    except Exception as own:
+        raise own from None
 
 
 def _loosened(
@@ -174,6 +196,8 @@ def _loosened(
             observed=tracer.observed,
             script=list(tracer.evaluated),
             merges_inputs=True,
+            grad_mode=tracer.grad_mode,
+            gradients=tracer.gradients,
         )
         restore = saved_state(copied)
         made = another.trace(copied)
@@ -192,8 +216,6 @@ def _loosened(
 def _must_stay_leaf(module: nn.Module, observed: bool) -> str | None:
     if has_hooks(module, forward=not observed):
         return "it has hooks, which a graph of its code would not call"
-    if isinstance(module, torch._dynamo.eval_frame.OptimizedModule):
-        return "it is compiled already; convert first, compile afterwards"
     return None
 
 

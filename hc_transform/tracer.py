@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import linecache
 import math
@@ -22,6 +23,7 @@ import einops
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
+from torch.fx import _symbolic_trace
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
@@ -32,10 +34,19 @@ from .frames import short_name, user_frame, user_lines
 from .hooks import call_hooks
 from .inputs import is_entry_of_input, place_inputs
 from .patches import patched
-from .proxy import UNKNOWN, CannotInline, FreshObject, RebuiltObject, ValueProxy
+from .proxy import (
+    UNKNOWN,
+    AsksForGradients,
+    CannotInline,
+    CompiledFunction,
+    FreshObject,
+    RebuiltObject,
+    ValueProxy,
+    is_compiled,
+)
 from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
 from .state import is_generator
-from .structure import copy_inputs
+from .structure import compiled_from, copy_inputs, has_hooks, stands_elsewhere
 from .watch import Watch
 
 
@@ -50,6 +61,8 @@ class ValueTracer(fx.Tracer):
         probing: go on where a graph could not hold what the code does.
         loose: inputs that become proxies without a check though they are constants.
         observed: modules that are traced into and have forward hooks, which the graph calls.
+        grad_mode: whether gradients are enabled in the call that is traced.
+        gradients: compute the example values with gradients, as that call does.
         script: what an earlier trace evaluated; its values are taken again, in order.
 
     Attributes:
@@ -70,6 +83,8 @@ class ValueTracer(fx.Tracer):
         observed: frozenset[str] = frozenset(),
         script: list[tuple[Any, ...]] | None = None,
         merges_inputs: bool = False,
+        grad_mode: bool = True,
+        gradients: bool = False,
     ) -> None:
         super().__init__(
             autowrap_modules=(math, einops),  # type: ignore[arg-type]
@@ -81,6 +96,8 @@ class ValueTracer(fx.Tracer):
         self.loose = loose
         self.merges_inputs = merges_inputs
         self.observed = observed
+        self.grad_mode = grad_mode
+        self.gradients = gradients and grad_mode
         self.evaluated: list[tuple[Any, ...]] = []
         self._script = None if script is None else iter(script)
         self.calls: dict[str, tuple[Any, Any] | None] = {}
@@ -88,6 +105,9 @@ class ValueTracer(fx.Tracer):
         self.reads_training = False
         self._paths = [""]
         self._known: dict[Any, ValueProxy] = {}
+        self._value_of: dict[fx.Node, Any] = {}
+        self._inlines_all = False
+        self.inlined_within: set[str] = set()
         self._decided: set[Any] = set()
         self._aliases = Aliases()
         self._objects: dict[int, tuple[Any, fx.Node]] = {}
@@ -101,6 +121,7 @@ class ValueTracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Return the graph of ``root.forward``. Raises CannotInline with the module to blame."""
+        self.root = root
         self.watch = Watch(root, self.is_tracing, lambda: self._paths[-1])
         changed: list[tuple[str, str]] = []
         try:
@@ -118,6 +139,10 @@ class ValueTracer(fx.Tracer):
         return graph
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        assert self.submodule_paths is not None
+        for path, module in stands_elsewhere(self.root):
+            self.submodule_paths.setdefault(module, path)
+            self.watch.paths.setdefault(id(module), path)
         forward = self.root.forward  # bound, so that one set on the instance counts
         args, kwargs = place_inputs(self, inspect.signature(forward), self.inputs)
 
@@ -224,6 +249,18 @@ class ValueTracer(fx.Tracer):
         """Note that the module that is being traced decides on values of tensors or on random numbers."""
         self.deciders.add(self._paths[-1])
 
+    def needs_gradients(self) -> None:
+        """Start anew with gradients if the call has them and this trace has not."""
+        if self.is_tracing() and self.grad_mode and not self.gradients:
+            raise AsksForGradients("", "it decides on whether a tensor requires a gradient")
+
+    def grad_mode_flag(self) -> ValueProxy:
+        """Return a proxy for ``torch.is_grad_enabled()``, asked anew on every call."""
+        if "grad_mode" not in self._known:
+            node = self.create_node("call_function", torch._C.is_grad_enabled, (), {})
+            self._known["grad_mode"] = self._proxy_of(node, self.grad_mode)
+        return self._known["grad_mode"]
+
     def draw(self, draw: Draw, args: Any, kwargs: Any) -> Any:
         """Record a draw from Python's or numpy's generator, which the graph makes anew on every call."""
         drawn = self.create_proxy("call_function", draw, args, kwargs)
@@ -238,8 +275,8 @@ class ValueTracer(fx.Tracer):
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         """Return an attribute of a module as traced code is to see it, and note that it was read."""
-        if is_generator(value) and module in (self.submodule_paths or {}):
-            path = self.submodule_paths[module]
+        path = (self.submodule_paths or {}).get(module)
+        if is_generator(value) and path is not None:
             target = f"{path}.{name}" if path else name
             if ("generator", target) not in self._known:
                 self._known["generator", target] = self._proxy_of(self.create_node("get_attr", target, (), {}), value)
@@ -248,7 +285,18 @@ class ValueTracer(fx.Tracer):
         if draw is not None:
             return self.drawing(draw, value)
         self.watch.read(module, name, value)
-        return value
+        return self.kept_whole(value) if is_compiled(value) else value
+
+    def kept_whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return what traced code is to call in place of a function that a graph calls as it is."""
+
+        @functools.wraps(function)
+        def whole(*args: Any, **kwargs: Any) -> Any:
+            if not self.is_tracing() or not any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs))):
+                return function(*args, **kwargs)
+            return self.create_proxy("call_function", CompiledFunction(function), args, kwargs)
+
+        return whole
 
     def drawing(self, draw: Draw, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return what traced code is to call in place of a function that draws."""
@@ -294,7 +342,8 @@ class ValueTracer(fx.Tracer):
     def _rebuilt(self, a: Any) -> fx.Node:
         """Return a node that makes an object of values of the graph, such as an output of a class of the user's."""
         fields = {name: self.create_arg(value) for name, value in vars(a).items()}
-        if not all(name.isidentifier() for name in fields) or type(type(a).__new__(type(a))) is not type(a):
+        cls: Any = type(a)
+        if not all(name.isidentifier() for name in fields) or type(cls.__new__(cls)) is not cls:
             raise NotImplementedError(f"argument of type: {type(a)}")
         node = self.create_node("call_function", RebuiltObject(type(a)), (), fields)
         node.meta["hc_type"] = type(a)
@@ -310,6 +359,7 @@ class ValueTracer(fx.Tracer):
                 node.meta["tensor_meta"] = _extract_tensor_metadata(value)
         if value is not UNKNOWN:
             node.meta["hc_type"] = type(value)
+        self._value_of[node] = value
         proxy = ValueProxy(node, self, value)
         if isinstance(value, torch.Tensor):
             with self._untraced():
@@ -335,10 +385,12 @@ class ValueTracer(fx.Tracer):
     @contextlib.contextmanager
     def _untraced(self) -> Iterator[None]:
         before, self.evaluating = self.evaluating, True
+        flag = _say_that_fx_traces(False)  # functions that are compiled refuse to run where it does
         try:
             yield
         finally:
             self.evaluating = before
+            _say_that_fx_traces(flag)
 
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
         """Return what :meth:`_evaluate` does, or what it did in the trace that the script is of."""
@@ -374,7 +426,7 @@ class ValueTracer(fx.Tracer):
         draws = _may_draw(kind, target, args)
         if draws:
             self._refuse_draws(self._paths[-1])
-        with self._untraced(), torch.no_grad():
+        with self._untraced(), torch.set_grad_enabled(self.gradients):
             tensors = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, torch.Tensor)]
             versions = [version_of(tensor) for tensor in tensors]
             if kind == "call_function":
@@ -399,9 +451,14 @@ class ValueTracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if not self.is_tracing():
             return forward(*args, **kwargs)
-        path = self.path_of_module(m)
+        path = self.submodule_paths.get(m) if self.submodule_paths else None
+        if path is None:
+            return self._call_foreign(m, forward, args, kwargs)
+        if self._inlines_all:
+            return self._call_inlined(m, path, forward, args, kwargs)
         if path not in self.inline:
             return super().call_module(m, forward, args, kwargs)
+        forward = compiled_from(m) or forward
         self._paths.append(path)
         try:
             output = super().call_module(m, forward, args, kwargs)
@@ -417,6 +474,42 @@ class ValueTracer(fx.Tracer):
             raise CannotInline(path, error) from error
         finally:
             self._paths.pop()
+
+    @contextlib.contextmanager
+    def inlining_all(self) -> Iterator[None]:
+        """Trace into every module; what is found meanwhile of what the code reads and decides is not met again."""
+        known, decided, before = dict(self._known), set(self._decided), self._inlines_all
+        self._inlines_all = True
+        try:
+            yield
+        finally:
+            self._inlines_all = before
+            kept = {key: proxy for key, proxy in self._known.items() if proxy.node.op == "get_attr"}
+            self._known, self._decided = known | kept, decided
+
+    def _call_inlined(self, m: nn.Module, path: str, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace into a module that is called where a graph cannot call it."""
+        if has_hooks(m):
+            raise CannotInline(self._paths[-1], f"it calls {path}, which has hooks, within torch.vmap")
+        self.inlined_within.add(path)
+        return forward(*args, **kwargs)
+
+    def proxy_of(self, node: fx.Node) -> ValueProxy:
+        """Return a proxy of a node that was recorded."""
+        return ValueProxy(node, self, self._value_of[node])
+
+    def _call_foreign(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        """Trace into a module that is none of the model's, such as one that was made in this forward.
+
+        Its code is part of what calls it, and a graph finds no parameters by its paths.
+        """
+        held = [v for v in (*m.parameters(), *m.buffers()) if not isinstance(v, fx.Proxy)]
+        if held:
+            name = type(m).__name__
+            raise CannotInline(
+                self._paths[-1], f"it calls a {name} that is no submodule of the model and holds tensors: register it"
+            )
+        return forward(*args, **kwargs)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.inline
@@ -435,11 +528,24 @@ class ValueTracer(fx.Tracer):
         if not self.is_tracing() or path is None:
             return actual
         self.reads_training = True
+        with self._untraced():
+            actual = self.root.get_submodule(path).training  # of which ``module`` may be the one before a copy
         target = f"{path}.training" if path else "training"
         key = ("training", target)
         if key not in self._known:
             self._known[key] = self._proxy_of(self.create_node("get_attr", target, (), {}), actual)
         return self._known[key]
+
+
+def _say_that_fx_traces(value: bool) -> bool:
+    """Set what ``is_fx_symbolic_tracing`` tells; return what it was."""
+    home: Any = _symbolic_trace
+    if not hasattr(home, "_set_is_fx_tracing"):  # torch 2.13
+        before, home._is_fx_tracing_flag = home._is_fx_tracing_flag, value
+        return bool(before)
+    before = home._get_is_fx_tracing()
+    home._set_is_fx_tracing(value)
+    return bool(before)
 
 
 def _may_draw(kind: str, target: Any, args: Any) -> bool:
@@ -452,7 +558,7 @@ def _may_draw(kind: str, target: Any, args: Any) -> bool:
 
 def _context_state() -> tuple[Any, ...]:
     return (
-        torch.is_grad_enabled(),
+        torch._C.is_grad_enabled(),
         torch.is_autocast_enabled("cpu"),
         torch.is_autocast_enabled("cuda"),
         torch.get_autocast_dtype("cpu"),

@@ -160,6 +160,8 @@ class _OffStart:
         """Return why the tape is no measure of this model with separated streams; "" if it is one."""
         if self.tape.reads_values:
             return DECIDES
+        if self.tape.closes_over:
+            return "the recorded run holds a torch.vmap whose function uses more than it is given"
         plain = NamedInputs(self.tape.graph_module)
         try:
             repeated = run_like(self.tape.graph_module, (), self.tape.named_inputs, plain.run_on)

@@ -102,7 +102,7 @@ class Watch:
         if isinstance(value, dict):
             yield Read(home, steps, expected)
             if depth < DEEPEST and len(value) <= 64:
-                for key, entry in value.items():
+                for key, entry in dict.items(value):
                     if isinstance(key, (str, int)) and (is_plain(entry) or not isinstance(entry, FUNCTIONS)):
                         yield from self._guards_of(home, (*steps, ("entry", key)), entry, depth + 1)
             return
@@ -275,7 +275,11 @@ def _fingerprint(value: Any, depth: int) -> Any:
     if is_generator(value):
         return str(state_of(value))
     if isinstance(value, dict):
-        return "dict", tuple((str(k), _fingerprint(v, depth + 1)) for k, v in list(value.items())[:1000]), len(value)
+        return (
+            "dict",
+            tuple((str(k), _fingerprint(v, depth + 1)) for k, v in list(dict.items(value))[:1000]),
+            dict.__len__(value),
+        )
     if isinstance(value, (list, tuple, set, frozenset)) or hasattr(value, "popleft"):
         entries = [_fingerprint(v, depth + 1) for v in list(value)[:1000]]
         return type(value).__name__, len(value), tuple(sorted(map(str, entries)) if isinstance(value, set) else entries)
@@ -286,7 +290,7 @@ def _fingerprint(value: Any, depth: int) -> Any:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_property(cls: type, name: str) -> bool:
+def _is_property(cls: Any, name: str) -> bool:
     """Whether reading the attribute runs code, which is watched itself."""
     return hasattr(inspect.getattr_static(cls, name, None), "__get__") and hasattr(
         inspect.getattr_static(cls, name, None), "fget"
@@ -294,7 +298,7 @@ def _is_property(cls: type, name: str) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_setting(cls: type, name: str) -> bool:
+def _is_setting(cls: Any, name: str) -> bool:
     member = inspect.getattr_static(cls, name, None)
     return not name.startswith("__") and (isinstance(member, property) or member is not None and is_plain(member))
 

@@ -1,0 +1,384 @@
+"""Code that runs and once was refused without need: modules made in forward, functions of functions, asserts."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+
+import pytest
+import torch
+from asserting import ASSERTS, on_shape
+from checks import error, outputs_and_gradients
+from einops.layers.torch import Rearrange
+from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
+
+import hc_transform as hct
+
+SCOPES = ("graph", "blocks")
+D = 8
+
+
+class Block(nn.Module):
+    """x + how(self, f(x))."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.f, self.how = nn.Linear(D, D), how
+
+    def forward(self, x):
+        return x + self.how(self, self.f(x))
+
+
+def stack(how, depth=2):
+    return nn.Sequential(*(Block(how) for _ in range(depth)))
+
+
+def x_of(*shape):
+    return torch.randn(*(shape or (4, D)))
+
+
+def check(how, x, scope, model=None):
+    """Convert a stack of blocks and compare outputs and gradients, for other batches too; return the result."""
+    model = model or stack(how)
+    hc = hct.convert(model, x, scope=scope)
+    assert len(hc.hc_report.converted) == 2, str(hc.hc_report)
+    for inputs in (x, torch.cat([x, x[:1]])):
+        ours, our_gradients = outputs_and_gradients(hc, (inputs,), {})
+        theirs, their_gradients = outputs_and_gradients(model, (inputs,), {})
+        assert error(ours, theirs) < 1e-5
+        for name, gradient in their_gradients.items():
+            assert (our_gradients[name] - gradient).abs().max() <= 1e-4 * gradient.abs().max(), name
+    return hc
+
+
+# -- modules that are made in forward
+
+MADE = {
+    "activation": lambda block, y: nn.ReLU()(y),
+    "sequence": lambda block, y: nn.Sequential(nn.Tanh(), nn.Softmax(-1))(y),
+    "einops": lambda block, y: Rearrange("b (h d) -> b h d", h=2)(y).flatten(1),
+    "norm": lambda block, y: nn.LayerNorm(D, elementwise_affine=False)(y),
+    "loss": lambda block, y: y * nn.MSELoss()(y, torch.zeros_like(y)),
+    "loss-with-weights": lambda block, y: y * nn.BCEWithLogitsLoss(pos_weight=torch.ones(D))(y, y.detach().sigmoid()),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("how", MADE.values(), ids=MADE)
+def test_modules_made_in_forward_are_part_of_its_code(how, scope):
+    check(how, x_of(), scope)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_module_with_weights_that_is_no_submodule_is_named(scope):
+    outside = nn.Linear(D, D)
+    with pytest.raises(hct.NothingToConvert, match="calls a Linear that is no submodule of the model"):
+        hct.convert(stack(lambda block, y: outside(y)), x_of(), scope=scope)
+
+
+# -- torch.vmap
+
+
+def _closing(block, x):
+    k = block.f(x).mean(0)
+    return torch.vmap(lambda q, scale: q * k * scale, in_dims=(0, None))(x, block.f.bias)
+
+
+MAPPED = {
+    "module": lambda block, x: torch.vmap(block.f)(x),
+    "lambda": lambda block, x: torch.func.vmap(lambda t: block.f(t).relu(), in_dims=1, out_dims=1)(x),
+    "nested": lambda block, x: torch.vmap(torch.vmap(block.f))(x),
+    "tuple": lambda block, x: torch.vmap(lambda t: (block.f(t), t))(x)[0],
+    "shape": lambda block, x: torch.vmap(lambda t: block.f(t) / t.shape[0])(x),
+    "dropout": lambda block, x: torch.vmap(lambda t: torch.dropout(block.f(t), 0.2, block.training), randomness="same")(
+        x
+    ),
+    "chunks": lambda block, x: torch.vmap(block.f, chunk_size=2)(x),
+    "closure": _closing,
+}
+
+
+class Mapped(Block):
+    def forward(self, x):
+        return x + self.how(self, x)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("how", MAPPED.values(), ids=MAPPED)
+def test_vmap_in_a_branch(how, scope):
+    model, x = nn.Sequential(Mapped(how), Mapped(how)), x_of(4, 3, D)
+    hc = check(how, x, scope, model).eval()
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(hc, backend="eager", fullgraph=True)(x), hc(x))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_vmap_runs_uses_the_weights_of_the_model_that_it_is_in(scope):
+    model, x = nn.Sequential(Mapped(MAPPED["lambda"]), Mapped(MAPPED["lambda"])), x_of(4, 3, D)
+    hc = hct.convert(model, x, scope=scope)
+    twin = copy.deepcopy(hc).double()
+    with torch.no_grad():
+        twin.get_submodule("0.f").weight.zero_()
+        model[0].f.weight.mul_(2)
+    assert error(twin(x.double()), nn.Sequential(Zeroed(model[0]), model[1]).double()(x.double())) < 1e-6
+    model.float()
+    assert error(hc(x), model(x)) < 1e-5
+
+
+class Zeroed(nn.Module):
+    """A block as it is with weights of zero."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block = copy.deepcopy(block)
+        nn.init.zeros_(self.block.f.weight)
+
+    def forward(self, x):
+        return self.block(x)
+
+
+# -- what is compiled within the model
+
+
+def doubled(y):
+    return 2 * y.relu()
+
+
+def attend(y):
+    return flex_attention(*3 * (y[:, None],))[:, 0]
+
+
+compiled = torch.compile(doubled, backend="eager")
+compiled_attention = torch.compile(flex_attention, backend="eager")
+
+
+class Attending(Block):
+    """FlexAttention called where the residual is added."""
+
+    def forward(self, x):
+        q = self.f(x)[:, None]
+        return x + self.how(q, q, q)[:, 0]
+
+
+COMPILED = {
+    "a-global": lambda block, y: compiled(y),
+    "flex-attention": lambda block, y: attend(y),
+    "compiled-flex-attention": lambda block, y: compiled_attention(*3 * (y[:, None],))[:, 0],
+}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("how", COMPILED.values(), ids=COMPILED)
+def test_compiled_functions_in_a_branch(how, scope):
+    model, x = stack(how).eval(), x_of(2, 16, D)
+    with torch.no_grad():
+        hc = hct.convert(model, x, scope=scope)
+        assert len(hc.hc_report.converted) == 2, str(hc.hc_report)
+        assert error(hc(x), model(x)) < 1e-5
+        assert error(hc(x[:1]), model(x[:1])) < 1e-5
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("how", [flex_attention, compiled_attention], ids=["flex", "compiled-flex"])
+def test_a_compiled_function_that_the_model_holds_stays_one_call(how, scope):
+    model, x = nn.Sequential(Attending(how), Attending(how)).eval(), x_of(2, 16, D)
+    with torch.no_grad():
+        hc = hct.convert(model, x, scope=scope)
+        graph = hc.graph if scope == "graph" else hct.block_graphs(hc)["0"][0]
+        calls = [n for n in graph.nodes if n.op == "call_function" and getattr(n.target, "function", None) is how]
+        assert len(calls) == (2 if scope == "graph" else 1), graph
+        assert error(hc(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_block_that_is_compiled_is_looked_into(scope):
+    model, x = stack(lambda block, y: y.relu(), depth=3), x_of()
+    model[1] = torch.compile(model[1], backend="eager")
+    hc = hct.convert(model, x, scope=scope)
+    assert [r.name for r in hc.hc_report.converted] == ["0", "1._orig_mod", "2"]
+    assert set(model.state_dict()) <= set(hc.state_dict())
+    assert error(hc(x), model(x)) < 1e-5
+    torch._dynamo.reset()
+    assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), model(x)) < 1e-5
+
+
+# -- asserts
+
+
+class Asserting(Block):
+    def forward(self, x):
+        self.how(x)
+        return x + self.f(x)
+
+
+def asserting(how):
+    model = nn.Sequential(Asserting(how), Asserting(how))
+    for block in model:
+        nn.init.zeros_(block.f.weight)
+        nn.init.ones_(block.f.bias)
+    return model
+
+
+@pytest.mark.parametrize("scope", (*SCOPES, "auto"))
+@pytest.mark.parametrize("how", ASSERTS, ids=lambda f: f.__name__.replace("_", "-"))
+def test_a_failed_assert_stays_the_error_of_the_model(how, scope):
+    hc = hct.convert(asserting(how), torch.ones(4, D), scope=scope)
+    assert len(hc.hc_report.converted) == 2
+    wrong = torch.ones(9, D) if how is on_shape else torch.full((4, D), float("nan"))
+    for _ in range(2):
+        with pytest.raises(AssertionError, match="sum"):
+            hc(wrong)
+        assert error(hc(torch.ones(5, D)), hc(torch.ones(5, D))) == 0
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("how", ASSERTS, ids=lambda f: f.__name__.replace("_", "-"))
+def test_asserts_on_values_compile(how, scope):
+    hc, x = hct.convert(asserting(how), torch.ones(4, D), scope=scope), torch.ones(4, D)
+    torch._dynamo.reset()
+    assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), hc(x)) < 1e-6
+
+
+# -- decisions on layout and gradients
+
+
+class OnLayout(Block):
+    def forward(self, x, y):
+        x = x + self.f(x)
+        return x * 1.5 if y.is_contiguous() else x
+
+
+class OnGradient(Block):
+    def forward(self, x):
+        x = x + self.f(x)
+        return x * 1.5 if self.how(x) else x
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_decisions_on_layout(scope):
+    model, x = OnLayout(None), x_of(D, D)
+    hc = hct.convert(model, (x, x), scope=scope)
+    for y in (x, x.t(), x):
+        assert error(hc(x, y), model(x, y)) < 1e-5
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("stated", [True, False], ids=["grad-mode", "requires-grad"])
+def test_decisions_on_gradients(stated, scope):
+    model, x = OnGradient(lambda x: torch.is_grad_enabled() if stated else x.requires_grad), x_of()
+    hc = hct.convert(model, x, scope=scope)
+    for enabled in (True, False, True):
+        with torch.set_grad_enabled(enabled):
+            assert error(hc(x), model(x)) < 1e-5
+            torch._dynamo.reset()
+            assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), model(x)) < 1e-5
+
+
+# -- forwards that are set on instances
+
+
+def _wrapper(module):
+    old = module.forward
+
+    @functools.wraps(old)
+    def forward(x):
+        return old(x)
+
+    return forward
+
+
+REPLACED = {
+    "wrapper": _wrapper,
+    "partial": lambda module: functools.partial(type(module).forward, module),
+    "method": lambda module: types.MethodType(type(module).forward, module),
+}
+
+
+@pytest.mark.parametrize("how", REPLACED.values(), ids=REPLACED)
+def test_a_forward_set_on_the_instance(how):
+    model, x = stack(lambda block, y: y.relu() if block.training else y.tanh()), x_of()
+    for block in model:
+        block.forward = how(block)
+    hc = check(None, x, "auto", model)
+    assert error(hc.train()(x), model.train()(x)) < 1e-5
+    assert error(hc.eval()(x), model.eval()(x)) < 1e-5
+    with torch.no_grad():
+        model[0].f.weight.mul_(2)
+    assert error(hc(x), model(x)) < 1e-5
+    with pytest.raises(hct.NothingToConvert, match="set on the instance"):
+        hct.convert(model, x, scope="blocks")
+
+
+# -- which scope
+
+
+class Asked(nn.Sequential):
+    def features(self, x):
+        return self[0](x)
+
+
+class Propertied(nn.Sequential):
+    @property
+    def width(self):
+        return D
+
+
+class Private(nn.Sequential):
+    def _init_weights(self):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("cls", "stays"),
+    [(Asked, True), (Propertied, True), (Private, False), (nn.Sequential, False)],
+    ids=["method", "property", "private", "forward-alone"],
+)
+def test_a_model_that_is_more_than_its_forward_stays_itself(cls, stays):
+    model, x = cls(Block(lambda block, y: y), Block(lambda block, y: y)), x_of()
+    hc = hct.convert(model, x)
+    assert isinstance(hc, cls) is stays
+    assert len(hc.hc_report.converted) == len(hct.plan(model, x).residuals) == 2
+    assert ("has features" in str(hc.hc_report)) is (cls is Asked)
+    assert not isinstance(hct.convert(model, x, scope="graph"), cls)
+
+
+class Decides(nn.Sequential):
+    def forward(self, x):
+        assert isinstance(x, torch.Tensor)
+        return types.MappingProxyType({"out": super().forward(x)})
+
+
+def test_plan_falls_back_to_blocks_as_convert_does():
+    model, x = Decides(Block(lambda block, y: y), Block(lambda block, y: y)), x_of()
+    names = [r.name for r in hct.convert(model, x).hc_report.converted]
+    assert [r.name for r in hct.plan(model, x).residuals] == names == ["0", "1"]
+    with pytest.raises(hct.HCTransformError):
+        hct.plan(model, x, scope="graph")
+
+
+class Lazy(dict):
+    """Loads what it is asked for, as libraries' registries do."""
+
+    def values(self, *args):
+        raise AssertionError("loaded")
+
+    items = __getitem__ = get = copy = values
+
+
+REGISTRY = Lazy(a=1)
+
+
+class Registered(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x) if "a" in REGISTRY else x
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_dictionaries_that_load_what_they_are_asked_for_are_not_asked(scope):
+    model, x = Registered(Block(lambda block, y: y), Block(lambda block, y: y)), x_of()
+    hc = hct.convert(model, x, scope=scope)
+    assert error(hc(x), model(x)) < 1e-5
