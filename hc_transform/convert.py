@@ -150,6 +150,11 @@ def convert(
     )
     if inplace and scope == "graph":
         raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
+    if torch.get_default_device().type == "meta" and any(p.device.type != "meta" for p in model.parameters()):
+        raise UnsupportedModel(
+            "the default device is meta and the model's is not, so that nothing can be computed: convert outside of "
+            "torch.device('meta')"
+        )
     # New parameters are to be ordinary ones, and what is compiled in the model is looked into.
     with torch.inference_mode(False), uncompiled():
         example, expected = _prepare(model, args, kwargs, scope)
@@ -181,7 +186,9 @@ def _convert(model: nn.Module, example: Example | None, expected: Any, wanted: _
         return _convert_graph(model, example, expected, wanted)
     own = own_interface(model)
     if own:
-        why = f"{type(model).__name__} has {', '.join(own[:3])}{' and more' if len(own) > 3 else ''}, as a graph has not"
+        why = (
+            f"{type(model).__name__} has {', '.join(own[:3])}{' and more' if len(own) > 3 else ''}, as a graph has not"
+        )
         with contextlib.suppress(HCTransformError):
             return _convert_blocks(model, example, expected, wanted, why)
     return _convert_either(model, example, expected, wanted)
@@ -202,7 +209,7 @@ def _convert_either(model: nn.Module, example: Example, expected: Any, wanted: _
         why = "its code decides on values of tensors or on random numbers, which each block does by itself"
         with contextlib.suppress(HCTransformError):
             blocks = _convert_blocks(model, example, expected, wanted, why)
-            if len(blocks.hc_report.converted) >= len(graph.hc_report.converted):  # type: ignore[union-attr]
+            if len(blocks.hc_report.converted) >= len(graph.hc_report.converted):  # type: ignore[union-attr, arg-type]
                 return blocks
     return graph
 
@@ -385,6 +392,9 @@ def _hints(
     for name, given in (("leaf_modules", leaf_modules), ("inline_modules", inline_modules)):
         if isinstance(given, (str, type)):
             raise ValueError(f"{name} is a list of classes or patterns, got {given!r}")
+        for entry in given:
+            if not isinstance(entry, (str, type)):
+                raise ValueError(f"{name} holds classes or patterns of paths, got a {type(entry).__name__}")
     return Hints(tuple(wrap_functions), tuple(leaf_modules), tuple(inline_modules))
 
 
@@ -408,6 +418,7 @@ def _prepare(
     refuse_unsupported(model)
     if isinstance(args, torch.Tensor):
         args = (args,)
+    _check_inputs(args, kwargs)
     example = (tuple(args), dict(kwargs or {})) if len(args) or kwargs else example_inputs(model)
     if example is not None:
         bind_inputs(model, *example)
@@ -419,6 +430,14 @@ def _prepare(
                 "Give inputs with args= and kwargs= that the model runs on."
             ) from error
     return None, None
+
+
+def _check_inputs(args: Any, kwargs: Any) -> None:
+    """Raise ValueError if positional inputs are given as a mapping, or keywords as something else."""
+    if isinstance(args, Mapping):
+        raise ValueError("args is a mapping (dict): give inputs by name with kwargs=, as convert(model, kwargs=inputs)")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(f"kwargs is a mapping of names to inputs, got {type(kwargs).__name__}: give one with args=")
 
 
 def _analyse(
@@ -504,4 +523,7 @@ def _trace_mode(converted: HyperConnectedModule, args: tuple[Any, ...], kwargs: 
 def _list(patterns: Sequence[str]) -> Sequence[str]:
     if isinstance(patterns, str):
         raise ValueError(f"include and exclude are lists of patterns, got the string {patterns!r}")
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"include and exclude hold patterns of names or paths, got {pattern!r}")
     return patterns

@@ -101,7 +101,9 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
             return plain_script(script, *args, **kwargs)
         return tracer.create_proxy("call_function", ScriptedFunction(script), args, kwargs)
 
-    def vmap(func: Any, in_dims: Any, out_dims: Any, randomness: Any, chunk_size: Any, *args: Any, **kwargs: Any) -> Any:
+    def vmap(
+        func: Any, in_dims: Any, out_dims: Any, randomness: Any, chunk_size: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         settings = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size}
         if not tracer.is_tracing():
             return plain_vmap(func, *settings.values(), *args, **kwargs)

@@ -275,7 +275,11 @@ def _fingerprint(value: Any, depth: int) -> Any:
     if is_generator(value):
         return str(state_of(value))
     if isinstance(value, dict):
-        return "dict", tuple((str(k), _fingerprint(v, depth + 1)) for k, v in list(dict.items(value))[:1000]), dict.__len__(value)
+        return (
+            "dict",
+            tuple((str(k), _fingerprint(v, depth + 1)) for k, v in list(dict.items(value))[:1000]),
+            dict.__len__(value),
+        )
     if isinstance(value, (list, tuple, set, frozenset)) or hasattr(value, "popleft"):
         entries = [_fingerprint(v, depth + 1) for v in list(value)[:1000]]
         return type(value).__name__, len(value), tuple(sorted(map(str, entries)) if isinstance(value, set) else entries)
