@@ -151,7 +151,15 @@ def convert(
     )
     if inplace and scope == "graph":
         raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
+<<<<<<< HEAD
     refuse_unsupported(model)
+=======
+    if torch.get_default_device().type == "meta" and any(p.device.type != "meta" for p in model.parameters()):
+        raise UnsupportedModel(
+            "the default device is meta and the model's is not, so that nothing can be computed: convert outside of "
+            "torch.device('meta')"
+        )
+>>>>>>> need
     # New parameters are to be ordinary ones, and what is compiled in the model is looked into.
     with torch.inference_mode(False), generators_seeded(model), uncompiled():
         example, expected = _prepare(model, args, kwargs, scope)
@@ -205,8 +213,13 @@ def _convert_either(model: nn.Module, example: Example, expected: Any, wanted: _
     if graph.decides_on_values:
         why = "its code decides on values of tensors or on random numbers, which each block does by itself"
         with contextlib.suppress(HCTransformError):
+<<<<<<< HEAD
             blocks: Any = _convert_blocks(model, example, expected, wanted, why)
             if len(blocks.hc_report.converted) >= len(graph.hc_report.converted):
+=======
+            blocks = _convert_blocks(model, example, expected, wanted, why)
+            if len(blocks.hc_report.converted) >= len(graph.hc_report.converted):  # type: ignore[union-attr, arg-type]
+>>>>>>> need
                 return blocks
     return graph
 
@@ -390,6 +403,9 @@ def _hints(
     for name, given in (("leaf_modules", leaf_modules), ("inline_modules", inline_modules)):
         if isinstance(given, (str, type)):
             raise ValueError(f"{name} is a list of classes or patterns, got {given!r}")
+        for entry in given:
+            if not isinstance(entry, (str, type)):
+                raise ValueError(f"{name} holds classes or patterns of paths, got a {type(entry).__name__}")
     return Hints(tuple(wrap_functions), tuple(leaf_modules), tuple(inline_modules))
 
 
@@ -412,6 +428,7 @@ def _prepare(
         raise ValueError(f"scope is one of {', '.join(map(repr, SCOPES))}; got {scope!r}")
     if isinstance(args, torch.Tensor):
         args = (args,)
+    _check_inputs(args, kwargs)
     example = (tuple(args), dict(kwargs or {})) if len(args) or kwargs else example_inputs(model)
     if example is not None:
         bind_inputs(model, *example)
@@ -423,6 +440,14 @@ def _prepare(
                 "Give inputs with args= and kwargs= that the model runs on."
             ) from error
     return None, None
+
+
+def _check_inputs(args: Any, kwargs: Any) -> None:
+    """Raise ValueError if positional inputs are given as a mapping, or keywords as something else."""
+    if isinstance(args, Mapping):
+        raise ValueError("args is a mapping (dict): give inputs by name with kwargs=, as convert(model, kwargs=inputs)")
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise ValueError(f"kwargs is a mapping of names to inputs, got {type(kwargs).__name__}: give one with args=")
 
 
 def _analyse(
@@ -508,4 +533,7 @@ def _trace_mode(converted: HyperConnectedModule, args: tuple[Any, ...], kwargs: 
 def _list(patterns: Sequence[str]) -> Sequence[str]:
     if isinstance(patterns, str):
         raise ValueError(f"include and exclude are lists of patterns, got the string {patterns!r}")
+    for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise ValueError(f"include and exclude hold patterns of names or paths, got {pattern!r}")
     return patterns

@@ -53,8 +53,9 @@ class Watch:
         if isinstance(value, (nn.Module, torch.Tensor, fx.Proxy, types.MethodType)):
             if isinstance(value, torch.Tensor) or name not in module.__dict__ or isinstance(value, nn.Module):
                 return
+        cls: Any = type(module)
         key = (path, name)
-        if key not in self.reads and key not in self.writes and not _is_property(type(module), name):
+        if key not in self.reads and key not in self.writes and not _is_property(cls, name):
             self.reads[key] = value
 
     def write(self, module: nn.Module, name: str) -> None:
@@ -113,7 +114,8 @@ class Watch:
         fields = getattr(value, "__dict__", None)
         if isinstance(fields, dict) and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
             yield from self._named_in(home, steps, fields, "attribute", depth)
-            of_class = {n: getattr(value, n) for n in self.names if _is_setting(type(value), n) and n not in fields}
+            cls: Any = type(value)
+            of_class = {n: getattr(value, n) for n in self.names if _is_setting(cls, n) and n not in fields}
             yield from self._named_in(home, steps, of_class, "attribute", depth)
 
     def _named_in(self, home: str, steps: tuple[Step, ...], fields: Any, how: str, depth: int) -> Iterator[Read]:

@@ -42,7 +42,7 @@ class HiddenAdd(nn.Module):
 def test_inline_modules_are_looked_into():
     model, x = nn.Sequential(HiddenAdd(), HiddenAdd()), torch.randn(2, 5, 8)
     with pytest.raises(hct.NothingToConvert, match=r"inline_modules=\[\.\.\.\]"):
-        hct.convert(model, (x,))
+        hct.convert(model, (x,), scope="graph")
     hc = hct.convert(model, (x,), inline_modules=[HiddenAdd])
     assert len(hc.hc_report.converted) == 2
     check_preserved(model, hc, (x,))

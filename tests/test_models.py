@@ -44,7 +44,7 @@ CASES = {f"torchvision:{k}": v for k, v in TORCHVISION.items()} | {f"timm:{k}": 
 def test_real_models(name):
     expected, size = CASES[name]
     model = make(name).eval()
-    hc = hct.convert(model, (torch.randn(2, 3, size, size),))
+    hc = hct.convert(model, (torch.randn(2, 3, size, size),), scope="graph")
     assert len(hc.hc_report.converted) == expected, str(hc.hc_report)
     assert hc.hc_report.max_error <= 1e-5
     doubled(hc, model)  # in fp32, batch statistics of a few small images amplify rounding in the gradients

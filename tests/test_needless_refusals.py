@@ -40,7 +40,11 @@ def x_of(*shape):
 
 
 def check(how, x, scope, model=None):
+<<<<<<< HEAD
     """Convert a stack of blocks and compare outputs and gradients, for other batches too; return the result."""
+=======
+    """Convert blocks and compare outputs and gradients, for other batches too; return the converted model."""
+>>>>>>> need
     model = model or stack(how)
     hc = hct.convert(model, x, scope=scope)
     assert len(hc.hc_report.converted) == 2, str(hc.hc_report)
@@ -382,3 +386,35 @@ def test_dictionaries_that_load_what_they_are_asked_for_are_not_asked(scope):
     model, x = Registered(Block(lambda block, y: y), Block(lambda block, y: y)), x_of()
     hc = hct.convert(model, x, scope=scope)
     assert error(hc(x), model(x)) < 1e-5
+
+
+# -- habits of calling
+
+
+class Named(nn.Sequential):
+    def forward(self, x=None, scale=None):
+        return super().forward(x)
+
+
+CALLS = {
+    "mapping-as-args": (lambda: hct.convert(named(), {"x": x_of()}), "kwargs="),
+    "tensor-as-kwargs": (lambda: hct.convert(named(), kwargs=x_of()), "args="),
+    "class-in-include": (lambda: hct.convert(named(), x_of(), include=[Block]), "patterns"),
+    "module-in-leaf-modules": (lambda: hct.convert(named(), x_of(), leaf_modules=[nn.ReLU()]), "classes or patterns"),
+}
+
+
+def named():
+    return Named(Block(lambda block, y: y), Block(lambda block, y: y))
+
+
+@pytest.mark.parametrize(("call", "says"), CALLS.values(), ids=CALLS)
+def test_calls_that_cannot_be_meant_say_what_to_do(call, says):
+    with pytest.raises(ValueError, match=says):
+        call()
+
+
+def test_the_default_device_is_not_to_be_meta_alone():
+    model, x = named(), x_of()
+    with torch.device("meta"), pytest.raises(hct.UnsupportedModel, match="device"):
+        hct.convert(model, x)
