@@ -151,15 +151,12 @@ def convert(
     )
     if inplace and scope == "graph":
         raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
-<<<<<<< HEAD
     refuse_unsupported(model)
-=======
     if torch.get_default_device().type == "meta" and any(p.device.type != "meta" for p in model.parameters()):
         raise UnsupportedModel(
             "the default device is meta and the model's is not, so that nothing can be computed: convert outside of "
             "torch.device('meta')"
         )
->>>>>>> need
     # New parameters are to be ordinary ones, and what is compiled in the model is looked into.
     with torch.inference_mode(False), generators_seeded(model), uncompiled():
         example, expected = _prepare(model, args, kwargs, scope)
@@ -213,13 +210,8 @@ def _convert_either(model: nn.Module, example: Example, expected: Any, wanted: _
     if graph.decides_on_values:
         why = "its code decides on values of tensors or on random numbers, which each block does by itself"
         with contextlib.suppress(HCTransformError):
-<<<<<<< HEAD
             blocks: Any = _convert_blocks(model, example, expected, wanted, why)
             if len(blocks.hc_report.converted) >= len(graph.hc_report.converted):
-=======
-            blocks = _convert_blocks(model, example, expected, wanted, why)
-            if len(blocks.hc_report.converted) >= len(graph.hc_report.converted):  # type: ignore[union-attr, arg-type]
->>>>>>> need
                 return blocks
     return graph
 

@@ -275,13 +275,8 @@ class ValueTracer(fx.Tracer):
 
     def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         """Return an attribute of a module as traced code is to see it, and note that it was read."""
-<<<<<<< HEAD
         path = (self.submodule_paths or {}).get(module)
         if is_generator(value) and path is not None:
-=======
-        path = (self.submodule_paths or {}).get(module) if is_generator(value) else None
-        if path is not None:
->>>>>>> need
             target = f"{path}.{name}" if path else name
             if ("generator", target) not in self._known:
                 self._known["generator", target] = self._proxy_of(self.create_node("get_attr", target, (), {}), value)

@@ -40,11 +40,7 @@ def x_of(*shape):
 
 
 def check(how, x, scope, model=None):
-<<<<<<< HEAD
     """Convert a stack of blocks and compare outputs and gradients, for other batches too; return the result."""
-=======
-    """Convert blocks and compare outputs and gradients, for other batches too; return the converted model."""
->>>>>>> need
     model = model or stack(how)
     hc = hct.convert(model, x, scope=scope)
     assert len(hc.hc_report.converted) == 2, str(hc.hc_report)
