@@ -293,7 +293,7 @@ def _kind(value: Any) -> Any:
     if value is None or isinstance(value, (bool, str)):
         return value
     if isinstance(value, torch.Tensor) or is_trunk_value(value):
-        return value.dtype, value.ndim, is_trunk_value(value)
+        return value.dtype, value.ndim
     if isinstance(value, (tuple, list)):
         return type(value), *map(_kind, value)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import inspect
 import sys
 import types
@@ -149,13 +150,16 @@ class SharedState:
 
     @contextlib.contextmanager
     def profiled(self) -> Iterator[None]:
-        """Watch the code that this thread runs."""
-        before = sys.getprofile()
+        """Watch the code that this thread runs; what others hang on the collector of garbage is none of it."""
+        before, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()
         sys.setprofile(self._profile)
         try:
             yield
         finally:
             sys.setprofile(before)
+            if collects:
+                gc.enable()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:

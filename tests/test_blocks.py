@@ -386,7 +386,7 @@ def test_auto_takes_blocks_where_the_model_is_no_one_graph():
         hct.convert(model, (x(),), scope="graph")
     hc = hct.convert(model, (x(),))
     assert type(hc) is Deciding and len(hc.hc_report.converted) == 4
-    assert "because the whole model is no one graph" in str(hc.hc_report)
+    assert "Scope blocks, because" in str(hc.hc_report)
     assert isinstance(hct.convert(stack(), (x(),)), hct.HyperConnectedModule)
 
 

@@ -269,7 +269,8 @@ def test_starts_are_the_plain_residual(n, shape, dtype, init, variant, index, se
     if init == "paper":
         for stream in written:
             ulp = {torch.bfloat16: 2**-7}.get(dtype, 1e-6)  # rows of h_res sum to 1 up to fp32 rounding
-            torch.testing.assert_close(stream, written[0], rtol=ulp, atol=1e-6)
+            sums = 1e-5 if variant == "mhc-lite" else 1e-6  # of up to 720 weights
+            torch.testing.assert_close(stream, written[0], rtol=ulp, atol=sums)
     parts = zip(mix(streams, coefficients), distribute(y, coefficients), written, strict=True)
     for mixed, given_out, both in parts:
         torch.testing.assert_close(mixed + given_out, both, rtol=2 * tolerance, atol=2 * tolerance)

@@ -75,7 +75,7 @@ def check(case: Case) -> Outcome:
     outcome.forward_seconds = time.time() - start
     start = time.time()
     try:
-        hc = hct.convert(model, x, **case.options)
+        hc = _converted(model, x, case.options)
     except hct.NothingToConvert as nothing:
         outcome.convert_seconds = time.time() - start
         outcome.message = str(nothing)
@@ -108,6 +108,16 @@ def check(case: Case) -> Outcome:
     doubled(hc, model)
     check_preserved(model, hc, double(x), bound=case.bound, gradient_bound=case.gradient_bound)
     return outcome
+
+
+def _converted(model: nn.Module, x, options) -> nn.Module:
+    """Convert as one graph where there is one: scope="auto" takes blocks for models with methods of their own."""
+    try:
+        return hct.convert(model, x, **{"scope": "graph", **options})
+    except hct.NothingToConvert:
+        raise
+    except (hct.TraceError, hct.UnsupportedModel):
+        return hct.convert(model, x, **options)
 
 
 def counter(model: nn.Module):
