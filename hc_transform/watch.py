@@ -6,13 +6,14 @@ attribute or collecting in a list, keeps the module that does it whole.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import gc
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -141,8 +142,10 @@ class SharedState:
         self.names: set[str] = set()  # that the code mentions
         self.seen: dict[tuple[int, str], _Shared] = {}
         self._codes: dict[tuple[int, bool], types.CodeType] = {}
+        self._packages: set[str] = set()  # that the model's own classes are of
         for path, module in root.named_modules():
             for cls in type(module).__mro__:
+                self._packages.add(cls.__module__.partition(".")[0])
                 if not _is_library(cls.__module__) and (id(cls), "") not in self.seen:
                     self.seen[id(cls), ""] = _Shared(cls, "__dict__", f"a class attribute of {cls.__name__}", path)
                     for name in [n for n, value in vars(cls).items() if _is_data(n, value)]:
@@ -176,7 +179,7 @@ class SharedState:
         if event != "call" or (id(code), counts) in self._codes:
             return
         self._codes[id(code), counts] = code
-        if code.co_filename.startswith(INTERNAL_FILES) or _is_library(str(frame.f_globals.get("__name__"))):
+        if code.co_filename.startswith(INTERNAL_FILES) or self._is_of_a_library(code, frame.f_globals):
             return
         space, where = frame.f_globals, self.where() if counts else None
         if counts:
@@ -188,6 +191,12 @@ class SharedState:
                     self.seen[id(space), name] = _Shared(space, name, name, where)
                 elif shared.where is None:
                     shared.where = where
+
+    def _is_of_a_library(self, code: types.CodeType, space: Mapping[str, Any]) -> bool:
+        """Whether code is of an installed package that the model is not of: its caches are its own affair."""
+        name = str(space.get("__name__"))
+        installed = "site-packages" in code.co_filename and name.partition(".")[0] not in self._packages
+        return installed or _is_library(name)
 
     def put_back(self) -> list[tuple[str, str]]:
         """Put back what code changed; return which module's code that counts did, and that as a reason."""
@@ -222,8 +231,9 @@ class _Shared:
         self.contents = Contents()
         self.fingerprint: Any = None
         if is_mutable(self.value):
-            self.contents.save(self.value)
-            self.fingerprint = _fingerprint(self.value, 0)
+            with contextlib.suppress(Exception):  # an object that does not let itself be looked at
+                self.contents.save(self.value)
+                self.fingerprint = _fingerprint(self.value, 0)
 
     def _now(self) -> Any:
         return self.owner.get(self.name) if isinstance(self.owner, dict) else vars(self.owner).get(self.name)
@@ -269,7 +279,14 @@ def _is_data(name: str, value: Any) -> bool:
 
 def differing_state(before: Any, after: Any) -> bool:
     """Whether a value that a module holds was changed while its copy was traced."""
-    return _fingerprint(before, 0) != _fingerprint(after, 0)
+    try:
+        return bool(_fingerprint(before, 0) != _fingerprint(after, 0))
+    except Exception:  # an object that does not let itself be looked at
+        return False
+
+
+def _name_of(key: Any) -> str:
+    return str(key) if is_plain(key) else type(key).__name__
 
 
 def _fingerprint(value: Any, depth: int) -> Any:
@@ -283,10 +300,10 @@ def _fingerprint(value: Any, depth: int) -> Any:
     if isinstance(value, dict):
         return (
             "dict",
-            tuple((str(k), _fingerprint(v, depth + 1)) for k, v in list(dict.items(value))[:1000]),
+            tuple((_name_of(k), _fingerprint(v, depth + 1)) for k, v in list(dict.items(value))[:1000]),
             dict.__len__(value),
         )
-    if isinstance(value, (list, tuple, set, frozenset)) or hasattr(value, "popleft"):
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         entries = [_fingerprint(v, depth + 1) for v in list(value)[:1000]]
         return type(value).__name__, len(value), tuple(sorted(map(str, entries)) if isinstance(value, set) else entries)
     fields = getattr(value, "__dict__", None)

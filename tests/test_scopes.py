@@ -1,0 +1,85 @@
+"""One model, one meaning: a graph and blocks with the same connections, off their start, give the same outputs."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from checks import doubled, error, seeded
+from fuzz_checks import in_order, trunks_of
+from models import EDSR, GPT, LucidrainsTransformer, ResNet, SharedBlock, Tapped, UNet, ViT
+from zoo import counter
+from zoo_cases import CASES
+
+import hc_transform as hct
+
+SMALL = {
+    "GPT": (lambda: GPT(depth=3), lambda: (torch.randint(0, 65, (2, 8)),)),
+    "transformer of lucidrains": (LucidrainsTransformer, lambda: (torch.randn(2, 4, 16),)),
+    "tapped": (Tapped, lambda: (torch.randn(2, 5, 8),)),
+    "EDSR": (EDSR, lambda: (torch.randn(2, 3, 8, 8),)),
+    "UNet": (UNet, lambda: (torch.randn(2, 4, 8, 8),)),
+    "ResNet": (ResNet, lambda: (torch.randn(2, 1, 8, 8),)),
+    "ViT": (ViT, lambda: (torch.randn(2, 1, 8, 8),)),
+    "shared block": (SharedBlock, lambda: (torch.randn(2, 5, 8),)),
+    "post-norm encoder": (
+        lambda: torch.nn.TransformerEncoder(
+            torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 3, enable_nested_tensor=False
+        ),
+        lambda: (torch.randn(2, 5, 16),),
+    ),
+    "decoder": (
+        lambda: torch.nn.TransformerDecoder(torch.nn.TransformerDecoderLayer(16, 2, 32, batch_first=True), 2),
+        lambda: (torch.randn(2, 5, 16), torch.randn(2, 6, 16)),
+    ),
+}
+ZOO = {case.name: case for case in CASES if case.name.startswith(("x_transformers:", "vit_pytorch:"))}
+
+
+def check(model, x):
+    """Compare the two scopes off the start; skip where blocks cut trunks that the graph does not."""
+    model.eval()
+    graph, blocks = (hct.convert(copy.deepcopy(model), x, scope=s, connection="dynamic") for s in ("graph", "blocks"))
+    names = [sorted(r.name for r in hc.hc_report.converted) for hc in (graph, blocks)]
+    if trunks_of(graph.hc_report) != trunks_of(blocks.hc_report):
+        pytest.skip(f"other trunks: {len(names[0])} residuals as a graph, {len(names[1])} by blocks")
+    with torch.no_grad():
+        ours, theirs = (in_order(hc, x) for hc in (graph, blocks))
+        assert len(ours) == len(theirs) > 0
+        for i, connection in ours.items():
+            generator = torch.Generator().manual_seed(int(i))
+            for parameter in connection.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            theirs[i].load_state_dict(connection.state_dict())
+        before = seeded(model, x, {})
+        assert error(seeded(graph, x, {}), before) > 1e-4, "the connections do something"
+        assert error(seeded(blocks, x, {}), seeded(graph, x, {})) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_scopes_agree_off_the_start(name):
+    torch.manual_seed(0)
+    make, inputs = SMALL[name]
+    check(make(), inputs())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ZOO)
+def test_scopes_agree_on_the_models_of_packages(name):
+    torch.manual_seed(0)
+    case = ZOO[name]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = case.make()
+    except ImportError as missing:
+        pytest.skip(str(missing))
+    if case.expected(counter(model)) == 0 or case.refused is not None:
+        pytest.skip("nothing to convert as one graph")
+    x = case.inputs(2)
+    if case.in_double:
+        doubled(model)
+        x = tuple(t.double() if t.is_floating_point() else t for t in x)
+    check(model, x)
