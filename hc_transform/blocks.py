@@ -127,21 +127,31 @@ def container(nodes: Iterable[fx.Node]) -> tuple[Call, ...]:
     return common
 
 
-def _holder(residual: Residual) -> tuple[Call, ...]:
+def _holder(residual: Residual, model: nn.Module) -> tuple[Call, ...]:
     """Return the module calls around a residual, up to the innermost that leads from its skip to its add.
 
     What else the branch is computed from may come from outside, also where that looked at the
-    skip (position embeddings that take the hidden states' dtype).
+    skip (position embeddings that take the hidden states' dtype), but not all of its weights: a module that
+    only adds what another made of the skip, and looks at the skip for that once more, holds no branch.
     """
     stack = container((residual.add, *residual.absorbed, *residual.skip_ops))
+    weighted = {node for node in residual.region if _is_weighted(node, model)}
     for depth in range(len(stack), 1, -1):
         reached = {residual.skip}
         for node in sorted(inside(residual, stack[depth - 1])):
             if reached.intersection(node.all_input_nodes):
                 reached.add(node)
         if all(reached.intersection(term.factors) for term in residual.branch):
-            return stack[:depth]
+            if not weighted or weighted & reached:
+                return stack[:depth]
     return stack[:1]
+
+
+def _is_weighted(node: fx.Node, model: nn.Module) -> bool:
+    """Whether an operation has parameters."""
+    if node.op == "call_module":
+        return next(model.get_submodule(str(node.target)).parameters(), None) is not None
+    return any(source.op == "get_attr" for source in node.all_input_nodes)
 
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
@@ -175,7 +185,7 @@ def find_holders(
     homeless: dict[fx.Node, Skipped] = {}
     used = _ancestors(residuals[0].add.graph.output_node()) if residuals else set()
     for residual in residuals:
-        stack = _holder(residual)
+        stack = _holder(residual, model)
         if residual.add not in used:
             homeless[residual.add] = as_skipped(residual, Reason.UNUSED)
         elif stack[-1].path in refused:
