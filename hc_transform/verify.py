@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +73,7 @@ def run_like(model: nn.Module, args: Any, kwargs: Any, forward: Callable[..., An
 
     The state of the model and of the generators (torch's, Python's, numpy's) is put back after.
     """
-    of_the_model = shared_state_restored(model) if forward is None else nullcontext()
-    with state_restored(model), of_the_model, torch.no_grad():
+    with state_restored(model), shared_state_restored(model), torch.no_grad():
         seed_generators()
         return (forward or model)(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
 
