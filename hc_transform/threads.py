@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch._dynamo.convert_frame import compile_lock
 
+from .errors import NotEquivalent
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _CONVERTING = threading.RLock()
@@ -31,6 +33,23 @@ def one_at_a_time(function: Function) -> Function:
 def uncompiled() -> Any:
     """Return a context in which functions made by ``torch.compile`` run as they were written."""
     return torch.compiler.set_stance("force_eager")
+
+
+def again_beside_threads(function: Function) -> Function:
+    """Compare again, at most twice, where other threads run: they draw from the generators that both models draw from."""
+
+    @functools.wraps(function)
+    def compared(*args: Any, **kwargs: Any) -> Any:
+        for _ in range(2):
+            try:
+                return function(*args, **kwargs)
+            except NotEquivalent:
+                if threading.active_count() == 1:
+                    raise
+                kwargs["expected"] = None  # which is run again
+        return function(*args, **kwargs)
+
+    return compared  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from .planner import Plan
 from .reference import NamedInputs, ReferenceInterpreter, separate
 from .state import seed_generators, state_restored
 from .structure import copy_inputs
+from .threads import again_beside_threads
 from .trace import bind_inputs
 from .trunks import nest
 from .watch import shared_state_restored
@@ -86,6 +87,7 @@ def tolerance_of(outputs: Any, model: nn.Module | None = None) -> float:
     return max((TOLERANCES.get(t.dtype, 0.0) for t in tensors), default=TOLERANCES[torch.float32])
 
 
+@again_beside_threads
 def verify(
     original: nn.Module,
     converted: fx.GraphModule,

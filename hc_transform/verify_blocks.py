@@ -17,6 +17,7 @@ from .compare import relative_error, tensors_of
 from .errors import HCTransformError, NotEquivalent
 from .reference import NamedInputs, ReferenceInterpreter
 from .tape import Tape
+from .threads import again_beside_threads
 from .variants import Variant
 from .verify import (
     DECIDES,
@@ -40,6 +41,7 @@ Streams = tuple[Tensor, ...]
 LEARNED = "between blocks streams are read out as their mean, at the end with the weights of readout='learned'"
 
 
+@again_beside_threads
 def verify_blocks(
     original: nn.Module,
     converted: nn.Module,
