@@ -36,7 +36,7 @@ def uncompiled() -> Any:
 
 
 def again_beside_threads(function: Function) -> Function:
-    """Compare again, at most twice, where other threads run: they draw from the generators that both models draw from."""
+    """Compare again, at most twice, where other threads run: they draw from the generators that models draw from."""
 
     @functools.wraps(function)
     def compared(*args: Any, **kwargs: Any) -> Any:

@@ -59,7 +59,7 @@ def test_models_without_residuals(name):
 
 
 def test_grn_is_listed_as_nested():
-    report = hct.plan(timm.create_model("convnextv2_atto"), (torch.randn(1, 3, 64, 64),)).report
+    report = hct.plan(timm.create_model("convnextv2_atto"), (torch.randn(1, 3, 64, 64),), scope="graph").report
     nested = [r for r in report.skipped if r.reason.startswith("nested")]
     assert len(nested) == 12 and all("grn" in r.name for r in nested)
 
@@ -71,7 +71,8 @@ def test_stochastic_depth_draws_as_before():
 
 
 def test_a_vit_block_prints_in_about_twenty_lines():
-    hc = hct.convert(timm.create_model("deit_tiny_patch16_224", depth=3), (torch.randn(1, 3, 224, 224),))
+    model, x = timm.create_model("deit_tiny_patch16_224", depth=3), torch.randn(1, 3, 224, 224)
+    hc = hct.convert(model, (x,), scope="graph")
     lines = [line for line in hc.code.splitlines() if "blocks_1_" in line.split("=")[0]]
     assert 8 <= len(lines) <= 20
     assert any(line.strip().startswith("blocks_1_attn_read") for line in lines)
