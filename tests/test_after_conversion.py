@@ -371,6 +371,9 @@ def test_hooks_are_called_once_where_a_late_draw_picks_the_graph(scope, path):
     torch.manual_seed(0)
     model, x = Carries(nn.LayerNorm(D), p=0.5), torch.randn(6, D)
     hc = hct.convert(copy.deepcopy(model), (x,), scope=scope, nested="all")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        hc(x)  # both graphs are there
     seen = {}
     for m in (model, hc):
         seen[m] = []
