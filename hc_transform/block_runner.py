@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from .additions import CONNECTIONS_NAME
 from .blocks import BlockPlan
-from .carrier import TrunkValue, holds_streams, is_trunk_value, read_out
+from .carrier import TrunkValue, enter, hand_on, holds_streams, is_trunk_value, read_out
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from .hints import Hints
 from .kinds import Kinds, is_tensor
@@ -81,11 +82,25 @@ class BlockRunner:
         own = self.variants.setdefault(key, [])
         if variant is None:
             variant = self._traced(block, number, args, kwargs, result)
-            own.append(variant)
-            return variant.forward(block, *args, **kwargs)
+            result = variant.forward(block, *args, **kwargs)
         if variant not in own:
             own.append(variant)
-        return result
+        return self._counted(variant, number, (args, kwargs), result)
+
+    def _counted(self, variant: Variant, number: int, given: Any, result: Any) -> Any:
+        """Return a result that tells the next block how many calls there were, also where this one changed nothing."""
+        call = self.calls[number]
+        if not self.plan.counted or not call.leaves or not variant.left_out:
+            return result
+        inputs = [v for v in pytree.tree_leaves(given, is_leaf=is_trunk_value) if isinstance(v, torch.Tensor)]
+        mode = "sum" if self.options.readout == "sum" else "mean"
+
+        def one(value: Any) -> Any:
+            if not any([value is v for v in inputs]):
+                return value
+            return hand_on(enter(value, self.options.num_streams), call.step + 1, mode)
+
+        return pytree.tree_map(one, result, is_leaf=is_trunk_value)
 
     def _traced(
         self, block: nn.Module, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any
@@ -114,9 +129,9 @@ class BlockRunner:
 
     def _run_compiled(self, block: nn.Module, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         own = [variant for key, variants in self.variants.items() if key[0] == number for variant in variants]
-        fitted, result = run_compiled(own, block, block, args, kwargs)
-        if fitted:
-            return result
+        variant, result = run_compiled(own, block, block, args, kwargs)
+        if variant is not None:
+            return self._counted(variant, number, (args, kwargs), result)
         raise DecisionChanged(
             f"compiled code cannot trace {self.plan.path} for a new kind of call ({result}): call the model once in "
             "eager mode with inputs like these, in this mode (train or eval), before it is compiled"
@@ -127,7 +142,7 @@ class BlockRunner:
         for value in (*args, *kwargs.values()):
             if type(value) is TrunkValue:
                 for number, call in enumerate(self.calls):
-                    if call.step == value.step:
+                    if call.step >= value.step:  # more, where blocks before it passed their input on
                         return number
                 if self.plan.shared:
                     return len(self.calls) - 1

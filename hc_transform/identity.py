@@ -26,12 +26,14 @@ class Identity:
         module: path of the module whose code adds.
         branch: paths, below that module, of the modules and parameters that its branch uses.
         lines: the user's lines that lead to the add, the innermost first.
+        call: which call of the module it is in, within that of the module around, and so on.
     """
 
     name: str | None
     module: str
     branch: frozenset[str]
     lines: tuple[str, ...]
+    call: tuple[int, ...] = ()
 
 
 def identities(residuals: Iterable[Residual], names: Mapping[fx.Node, str], below: str = "") -> tuple[Identity, ...]:
@@ -52,7 +54,9 @@ def _identity(residual: Residual, name: str | None, below: str) -> Identity:
         path = str(node.target) if node.op in ("call_module", "get_attr") else str(node.meta.get("hc_module", ""))
         if path.startswith(prefix) and path != residual.module and not path.endswith(".training"):
             used.add(".".join(path[len(prefix) :].split(".")[:DEPTH]))
-    return Identity(name, relative_path(residual.module, below), frozenset(used), residual.add.meta.get("hc_lines", ()))
+    meta = residual.add.meta
+    module = relative_path(residual.module, below)
+    return Identity(name, module, frozenset(used), meta.get("hc_lines", ()), meta.get("hc_call", ()))
 
 
 def relative_path(path: str, below: str) -> str:
@@ -117,6 +121,11 @@ def _aligned(known: Sequence[Identity], found: Sequence[Identity]) -> list[tuple
 
 def _likeness(a: Identity, b: Identity) -> float:
     """Return how much two residuals of one module are alike, 0 if they are two."""
+    alike = _likeness_of_code(a, b)
+    return alike + 0.25 * (a.call == b.call) if alike else 0.0
+
+
+def _likeness_of_code(a: Identity, b: Identity) -> float:
     same_lines = a.lines == b.lines
     if not a.branch or not b.branch:
         return 1.0 if same_lines or not a.branch and not b.branch else 0.0

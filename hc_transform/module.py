@@ -125,8 +125,8 @@ class HyperConnectedModule(fx.GraphModule):
         @functools.wraps(cls.forward)
         def forward(self: HyperConnectedModule, *args: Any, **kwargs: Any) -> Any:
             if torch.compiler.is_compiling():
-                fitted, result = run_compiled(self._all_variants(), self, self._holder, args, kwargs)
-                if not fitted:
+                variant, result = run_compiled(self._all_variants(), self, self._holder, args, kwargs)
+                if variant is None:
                     raise result
                 return result
             return self._run(args, kwargs)

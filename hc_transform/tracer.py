@@ -16,6 +16,7 @@ import linecache
 import math
 import operator
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -104,6 +105,8 @@ class ValueTracer(fx.Tracer):
         self.evaluating = False
         self.reads_training = False
         self._paths = [""]
+        self._calls_within: list[Counter[str]] = [Counter()]  # of each module that is being called, its calls of others
+        self._number: tuple[int, ...] = ()  # which call this is, within that of the module around, and so on
         self._known: dict[Any, ValueProxy] = {}
         self._value_of: dict[fx.Node, Any] = {}
         self._inlines_all = False
@@ -221,6 +224,7 @@ class ValueTracer(fx.Tracer):
         if node.name == "self":  # which generated code has for the module
             node._rename("self_1")
         node.meta["hc_module"] = self._paths[-1]
+        node.meta["hc_call"] = self._number
         frame = user_frame()
         if frame is not None and kind != "placeholder":
             filename, line, function = frame
@@ -476,6 +480,10 @@ class ValueTracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         forward = compiled_from(m) or forward
         self._paths.append(path)
+        calls, number = self._calls_within[-1], self._number
+        self._number = (*number, calls[path])
+        calls[path] += 1
+        self._calls_within.append(Counter())
         try:
             output = super().call_module(m, forward, args, kwargs)
             if path in self.observed:
@@ -490,6 +498,8 @@ class ValueTracer(fx.Tracer):
             raise CannotInline(path, error) from error
         finally:
             self._paths.pop()
+            self._calls_within.pop()
+            self._number = number
 
     @contextlib.contextmanager
     def inlining_all(self) -> Iterator[None]:

@@ -147,17 +147,17 @@ def _without_hooks(module: nn.Module) -> nn.Module:
 
 def run_compiled(
     variants: Iterable[Variant], module: nn.Module, holder: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]
-) -> tuple[bool, Any]:
+) -> tuple[Variant | None, Any]:
     """Do as :func:`run_first` in code that is being compiled, where what is read becomes the compiler's guards."""
     change: Any = None
     for variant in variants:
         try:
             if variant.state.compiled is not None:
                 variant.state.compiled(holder)
-            return True, variant.forward(module, *args, **kwargs)
+            return variant, variant.forward(module, *args, **kwargs)
         except (DecisionChanged, TypeError) as decision:
             change = change or decision
-    return False, change
+    return None, change
 
 
 def needs_of(graph: fx.Graph) -> Needs:
