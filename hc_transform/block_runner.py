@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -248,7 +249,7 @@ def linked(
             if not exits:
                 raise TraceError(f"the trunk of {block.path}.{last.name} does not reach the output of {block.path}")
         passed = step + 1 if block.counted else 1
-        trunks.append(Trunk(trunk.index, trunk.residuals, carried, entry, tuple(exits), passed))
+        trunks.append(replace(trunk, carried=carried, entry=entry, exits=tuple(exits), steps=passed))
     return tuple(trunks)
 
 

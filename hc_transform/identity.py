@@ -8,13 +8,32 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
 
 from torch import fx
 
 from .errors import TraceError
 from .findings import Findings, Residual
+from .trunks import Trunk, way_between
 
 DEPTH = 2  # atoms of a path, below the module that adds, that tell branches apart
+
+
+class Operation(NamedTuple):
+    """What an operation of a trace is known by: the module and its call, the function or module, the user's line."""
+
+    module: str
+    call: tuple[int, ...]
+    target: str
+    location: str
+
+
+def operation(node: fx.Node) -> Operation:
+    """Return what a node is known by."""
+    meta, target = node.meta, node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return Operation(meta.get("hc_module", ""), meta.get("hc_call", ()), name, meta.get("hc_location", ""))
 
 
 @dataclass(frozen=True)
@@ -27,6 +46,8 @@ class Identity:
         branch: paths, below that module, of the modules and parameters that its branch uses.
         lines: the user's lines that lead to the add, the innermost first.
         call: which call of the module it is in, within that of the module around, and so on.
+        next: the residual that comes after it on its trunk.
+        way: the operations that lead there, carried on its streams.
     """
 
     name: str | None
@@ -34,6 +55,8 @@ class Identity:
     branch: frozenset[str]
     lines: tuple[str, ...]
     call: tuple[int, ...] = ()
+    next: str | None = None
+    way: frozenset[Operation] = frozenset()
 
 
 def identities(residuals: Iterable[Residual], names: Mapping[fx.Node, str], below: str = "") -> tuple[Identity, ...]:
@@ -57,6 +80,28 @@ def _identity(residual: Residual, name: str | None, below: str) -> Identity:
     meta = residual.add.meta
     module = relative_path(residual.module, below)
     return Identity(name, module, frozenset(used), meta.get("hc_lines", ()), meta.get("hc_call", ()))
+
+
+def with_ways(known: Iterable[Identity], trunks: Iterable[Trunk]) -> tuple[Identity, ...]:
+    """Return identities that know what comes after each residual on its trunk."""
+    after: dict[str | None, tuple[str, frozenset[Operation]]] = {}
+    for trunk in trunks:
+        adds = {r.add for r in trunk.residuals}
+        for residual, following in pairwise(trunk.residuals):
+            way = way_between(following.skip, trunk.carried, adds)
+            after[residual.name] = following.name, frozenset(map(operation, way))
+    return tuple(replace(k, next=after[k.name][0], way=after[k.name][1]) if k.name in after else k for k in known)
+
+
+def way_after(name: str, known: Sequence[Identity]) -> frozenset[Operation]:
+    """Return the operations that streams went through after a residual, in so far as others of its trunk followed."""
+    by_name = {identity.name: identity for identity in known if identity.name}
+    way: frozenset[Operation] = frozenset()
+    at: str | None = name
+    while at is not None and at in by_name:
+        way |= by_name[at].way
+        at = by_name[at].next
+    return way
 
 
 def relative_path(path: str, below: str) -> str:

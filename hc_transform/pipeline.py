@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,11 +13,14 @@ from .errors import TraceError
 from .find import find_residuals
 from .findings import Findings
 from .hints import Hints
-from .identity import Identity, identities, recognised
+from .identity import Identity, identities, operation, recognised, way_after, with_ways
+from .kinds import Kinds
 from .options import Options
+from .passage import Passage
 from .planner import Plan, make_plan
 from .probe import opaque_adds
 from .trace import Trace, trace
+from .trunks import Trunk, flow_of
 
 log = logging.getLogger("hc_transform")
 
@@ -112,6 +115,9 @@ def analyse_again(
             f"{change or ''} Convert another copy of the model with example inputs like these, or leave them out with "
             "exclude=[...]."
         )
+    if any(identity.name not in {r.name for r in selected} for identity in known if identity.name):
+        passage = Passage(Kinds(traced.graph_module), adds=[r.add for r in plan.residuals])
+        plan = replace(plan, trunks=tuple(_with_ends(trunk, known, passage) for trunk in plan.trunks))
     return Analysis(replace(plan, options=options), traced, known)
 
 
@@ -130,7 +136,23 @@ def _chosen_already(options: Options) -> Options:
 
 def _known(analysis: Analysis, findings: Findings) -> Analysis:
     names = {r.add: r.name for r in analysis.plan.residuals}
-    return replace(analysis, known=identities(findings.residuals, names))
+    return replace(analysis, known=with_ways(identities(findings.residuals, names), analysis.plan.trunks))
+
+
+def _with_ends(trunk: Trunk, known: Sequence[Identity], passage: Passage) -> Trunk:
+    """Return a trunk whose streams go as far as they would if the residuals that are left out after it were there."""
+    way = way_after(trunk.residuals[-1].name, known)
+    if not way:
+        return trunk
+    flow, last = flow_of(trunk.residuals, passage), trunk.residuals[-1].add
+    carried, ends = dict(trunk.carried), []
+    node = last.next
+    while node.op != "output":
+        if operation(node) in way and node not in carried and flow.trunk_value(node) is last:
+            carried.update(flow.way_to(node))
+            ends.append(node)
+        node = node.next
+    return replace(trunk, carried=carried, ends=tuple(ends))
 
 
 def _within(path: str, roots: frozenset[str]) -> bool:

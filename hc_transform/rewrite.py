@@ -135,6 +135,8 @@ class _TrunkRewriter:
         for residual in self.trunk.residuals:
             self._read(residual)
             self._write(residual)
+        for value in self.trunk.ends:
+            self._streams_of(value, self.trunk.residuals[-1])
         self._leave()
         self._overwrite()
         copies = {self.copies[node] for node in self.gone}

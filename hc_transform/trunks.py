@@ -21,6 +21,7 @@ class Trunk:
         residuals: its residuals, in order.
         carried: operations between them, each with the operands that are streams.
         entry: the input of the graph that the trunk begins with, where it may come as streams.
+        ends: values after the last residual that streams go as far as.
         exits: the outputs of the graph that go on as streams.
         steps: how many graphs the streams have gone through after this one.
         boundary: the operation that streams of an earlier trunk do not pass, which this one begins behind.
@@ -29,6 +30,7 @@ class Trunk:
     index: int
     residuals: tuple[Residual, ...]
     carried: Mapping[fx.Node, tuple[fx.Node, ...]]
+    ends: tuple[fx.Node, ...] = ()
     entry: fx.Node | None = None
     exits: tuple[fx.Node, ...] = ()
     steps: int = 1
