@@ -110,7 +110,14 @@ def plan_blocks(
         for t in plan.trunks
     ]
     trunks, cuts = _cut(whole, homes, apart)
-    plan = replace(plan, trunks=tuple(replace(t, index=i) for i, t in enumerate(trunks)))
+    least = plan.options.min_residuals
+    short = [r for t in trunks if len(t.residuals) < least for r in t.residuals]
+    trunks = [t for t in trunks if len(t.residuals) >= least]
+    plan = replace(
+        plan,
+        trunks=tuple(replace(t, index=i) for i, t in enumerate(trunks)),
+        skipped=(*plan.skipped, *(as_skipped(r, Reason.SHORT) for r in short)),
+    )
     blocks, notes = _blocks(plan, homes, found, share_calls)
     return BlocksPlan(plan, blocks, tuple(cuts), tuple(notes))
 
@@ -198,6 +205,25 @@ def find_holders(
             del holders[residual.add]
             homeless[residual.add] = as_skipped(residual, Reason.OPAQUE, AROUND)
     return holders, homeless
+
+
+def in_some_calls(
+    plan: Plan, residuals: Iterable[Residual], holders: Mapping[fx.Node, tuple[Call, ...]]
+) -> list[Residual]:
+    """Return the residuals of ``plan`` that are converted in some calls of their module and not in others."""
+    calls: dict[str, dict[Call, list[Residual]]] = {}
+    for residual in residuals:
+        call = holders[residual.add][-1]
+        calls.setdefault(call.path, {}).setdefault(call, []).append(residual)
+    converted = {r.add for r in plan.residuals}
+    uneven = []
+    for of_module in calls.values():
+        counts = {len(own) for own in of_module.values()}
+        if len(of_module) > 1 and len(counts) == 1:
+            for same in zip(*of_module.values(), strict=True):
+                there = [r for r in same if r.add in converted]
+                uneven += there if len(there) < len(same) else []
+    return uneven
 
 
 def _around_stacks(holders: list[str], model: nn.Module) -> list[str]:

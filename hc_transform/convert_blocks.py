@@ -12,20 +12,21 @@ from torch import nn
 from .additions import CONNECTIONS_NAME, connection_dict, expand_key, make_connections, readout_key
 from .block_module import install
 from .block_runner import RUNNER, BlockError, BlockRunner, reads_training
-from .blocks import BlockPlan, BlocksPlan, container, find_holders, plan_blocks, relative
+from .blocks import BlockPlan, BlocksPlan, container, find_holders, in_some_calls, plan_blocks, relative
 from .candidates import may_add
 from .connections import Connection
 from .errors import HCTransformError
 from .find import find_residuals
-from .findings import Residual
+from .findings import Reason, Residual
 from .hints import Hints
 from .hooks import read_outputs
 from .keys import DROPOUT_KEY, EXPAND, READOUT
 from .options import Options
-from .planner import Plan, make_plan
+from .planner import Plan, make_plan, selected
 from .structure import clone_structure, compiled_from, in_other_mode
 from .tape import Tape, record
 from .trace import describe
+from .trunks import as_skipped
 from .verify import run_like
 
 ATTEMPTS = 20  # blocks of one model that turn out not to be traceable
@@ -62,9 +63,17 @@ def analyse_blocks(
     tape = tape or record(model, args, kwargs)
     findings = find_residuals(tape.graph_module)
     holders, homeless = find_holders(findings.residuals, model, refused)
-    left = tuple(r for r in findings.residuals if r.add in holders)
-    plan = make_plan(tape.graph_module, replace(findings, residuals=left), options)
-    plan = replace(plan, skipped=(*plan.skipped, *homeless.values()))
+    held = [r for r in findings.residuals if r.add in holders]
+    chosen, excluded = selected(held, options)
+    while True:
+        wanted = replace(findings, residuals=tuple(chosen))
+        plan = make_plan(tape.graph_module, wanted, replace(options, include=(), exclude=()))
+        uneven = in_some_calls(plan, held, holders)
+        if not uneven:
+            break
+        excluded += [as_skipped(r, Reason.UNEVEN) for r in uneven]
+        chosen = [r for r in chosen if r not in uneven]
+    plan = replace(plan, skipped=(*plan.skipped, *excluded, *homeless.values()), options=options)
     return plan_blocks(plan, holders, findings.residuals, share_calls=share_calls, apart=apart), tape
 
 

@@ -30,6 +30,7 @@ class Reason(enum.Enum):
     NESTED = "nested: inside or around the branches of a trunk with more residuals"
     SHARED_READ = "its branch starts inside the branch of another residual on the same value"
     EXCLUDED = "excluded"
+    UNEVEN = "another call of its module, which nothing tells from this one, is left as it is"
     OTHER_STREAM = "a mixture of two values, one of which another stream makes of the other"
     UNUSED = "its value reaches no output"
     PLAIN = "left plain: num_streams is 1"

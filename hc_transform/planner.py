@@ -67,7 +67,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
         UnsupportedModel: ``init="mirrored"`` on a trunk that carries a nonlinear operation.
     """
     kinds = Kinds(graph_module)
-    active, skipped = _selected(findings.residuals, options)
+    active, skipped = selected(findings.residuals, options)
     shortcuts = findings.shortcuts if options.shortcuts == "carry" else ()
     passage = Passage(kinds, shortcuts)
     if options.nested == "largest":
@@ -105,7 +105,12 @@ def _trunks(groups: Sequence[list[Residual]], passage: Passage) -> tuple[Trunk, 
     return tuple(trunks)
 
 
-def _selected(residuals: Sequence[Residual], options: Options) -> tuple[list[Residual], list[Skipped]]:
+def selected(residuals: Sequence[Residual], options: Options) -> tuple[list[Residual], list[Skipped]]:
+    """Return the residuals that ``include`` and ``exclude`` leave, and the verdicts on the others.
+
+    Raises:
+        PatternError: a pattern matches no residual.
+    """
     names = [r.name for r in residuals]
     for option, patterns in (("include", options.include), ("exclude", options.exclude)):
         for pattern in patterns:

@@ -23,9 +23,9 @@ MOST = 50_000  # Python values that are looked at; what is behind them is left a
 
 
 @contextlib.contextmanager
-def state_restored(model: nn.Module, within: Iterable[str] | None = None) -> Iterator[None]:
+def state_restored(model: nn.Module) -> Iterator[None]:
     """Put the buffers, the plain attributes of modules and the random generators back on exit."""
-    restore = saved_state(model, within)
+    restore = saved_state(model)
     try:
         yield
     finally:

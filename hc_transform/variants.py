@@ -115,7 +115,7 @@ def run(variant: Variant, module: nn.Module, args: Sequence[Any], kwargs: dict[s
     if not needs.late:
         return variant.forward(module, *args, **kwargs)
     if needs.writes or any(map(_has_own_hooks, modules_within(module, needs.touched))):
-        with state_restored(module, needs.touched):
+        with state_restored(module):
             variant.forward(_without_hooks(module), *copy_inputs(tuple(args)), **copy_inputs(kwargs))
     with undone_on(DecisionChanged, module, needs.touched):
         return variant.forward(module, *args, **kwargs)
