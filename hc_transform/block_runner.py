@@ -23,12 +23,12 @@ from .kinds import Kinds, is_tensor
 from .options import Options
 from .passage import Flow, Passage
 from .pipeline import analyse_again, log_left_out
-from .planner import Plan, with_keys_of
+from .planner import Plan, refuse_nonlinear, with_keys_of
 from .rewrite import rewritten_graph
 from .state import state_restored
 from .structure import clone_structure
 from .trace import bind_inputs, raise_own_error
-from .trunks import Trunk, flow_of
+from .trunks import Trunk, flow_of, regrouped
 from .variants import Variant, adopt_constants, decides_on_training, run_compiled, run_first
 
 log = logging.getLogger("hc_transform")
@@ -183,6 +183,7 @@ class BlockRunner:
             )
         plan, gm = with_keys_of(analysis.plan, self.plan.keys), analysis.trace.graph_module
         left_out = analysis.left_out
+        plan = replace(plan, trunks=regrouped(plan.residuals, call.trunks, Kinds(gm)))
         leaves = call.leaves
         if leaves.intersection(left_out):  # what is before it in the block hands the streams on
             leaves = leaves | {trunk.residuals[-1].name for trunk in plan.trunks}
@@ -249,6 +250,7 @@ def linked(
             if not exits:
                 raise TraceError(f"the trunk of {block.path}.{last.name} does not reach the output of {block.path}")
         passed = step + 1 if block.counted else 1
+        refuse_nonlinear([replace(trunk, carried=carried)], kinds, options)
         trunks.append(replace(trunk, carried=carried, entry=entry, exits=tuple(exits), steps=passed))
     return tuple(trunks)
 

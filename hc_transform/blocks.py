@@ -33,12 +33,14 @@ class CallPlan:
         known: what all residuals of the call are known by, those left plain among them, under the names that
             their connections have in the block.
         leaves: those of these names after which the streams go on to another block.
+        trunks: the names on each trunk that passes through the call.
     """
 
     step: int
     residuals: tuple[str, ...]
     known: tuple[Identity, ...]
     leaves: frozenset[str]
+    trunks: tuple[frozenset[str], ...]
 
 
 @dataclass(frozen=True)
@@ -327,6 +329,7 @@ def _blocks(
                     tuple(r.name for r in residuals[call]),
                     identities(within, names, path),
                     frozenset(local[name] for name in leaves.get(call, ())),
+                    tuple(frozenset(local[r.name] for r in t.residuals if r.name in local) for t in plan.trunks),
                 )
             )
         if several:

@@ -17,7 +17,7 @@ from .identity import Identity, identities, operation, recognised, way_after, wi
 from .kinds import Kinds
 from .options import Options
 from .passage import Passage
-from .planner import Plan, make_plan
+from .planner import Plan, make_plan, refuse_nonlinear
 from .probe import opaque_adds
 from .trace import Trace, trace
 from .trunks import Trunk, flow_of
@@ -118,6 +118,7 @@ def analyse_again(
     if any(identity.name not in {r.name for r in selected} for identity in known if identity.name):
         passage = Passage(Kinds(traced.graph_module), adds=[r.add for r in plan.residuals])
         plan = replace(plan, trunks=tuple(_with_ends(trunk, known, passage) for trunk in plan.trunks))
+        refuse_nonlinear(plan.trunks, passage.kinds, options)
     return Analysis(replace(plan, options=options), traced, known)
 
 

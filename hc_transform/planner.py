@@ -87,8 +87,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     if options.plain:
         skipped += [as_skipped(r, Reason.PLAIN) for t in trunks for r in t.residuals]
         trunks = ()
-    if options.init == "mirrored" and options.num_streams > 1:
-        _refuse_nonlinear(trunks, kinds)
+    refuse_nonlinear(trunks, kinds, options)
     carried = {node for trunk in trunks for node in trunk.carried}
     passed = {s.verdict: replace(s.verdict, reason=Reason.CARRIED) for s in findings.shortcuts if s.add in carried}
     verdicts = [passed.get(verdict, verdict) for verdict in findings.skipped]
@@ -135,8 +134,9 @@ def _matches(residual: Residual, patterns: Iterable[str]) -> bool:
     return any(fnmatch.fnmatchcase(path, p) for p in patterns for path in (residual.name, residual.module))
 
 
-def _refuse_nonlinear(trunks: Sequence[Trunk], kinds: Kinds) -> None:
-    for trunk in trunks:
+def refuse_nonlinear(trunks: Iterable[Trunk], kinds: Kinds, options: Options) -> None:
+    """Raise UnsupportedModel if streams that keep their mean alone go through an operation that is not linear."""
+    for trunk in trunks if options.init == "mirrored" and options.num_streams > 1 else ():
         carried = dict(trunk.carried)
         for residual in trunk.residuals:
             carried.update(

@@ -132,7 +132,7 @@ def write(
     """
     dtype = torch.promote_types(streams[0].dtype, branch.dtype)
     if isinstance(coefficients, FractionCoefficients):
-        return _write_fractions(streams, branch, coefficients, dtype)
+        return _write_fractions(streams, branch, coefficients, dtype, branch_first)
     if isinstance(coefficients, CompiledCoefficients) and coefficients.made_from[0] is streams[0]:
         streams = coefficients.written_from
     if coefficients.h_res is None:
@@ -196,14 +196,21 @@ def distribute(branch: Tensor, coefficients: AnyCoefficients) -> Streams:
 
 
 def _write_fractions(
-    streams: Sequence[Tensor], branch: Tensor, coefficients: FractionCoefficients, dtype: torch.dtype
+    streams: Sequence[Tensor],
+    branch: Tensor,
+    coefficients: FractionCoefficients,
+    dtype: torch.dtype,
+    branch_first: bool,
 ) -> Streams:
     rows = _fractions(streams, coefficients)
     ys = branch.chunk(coefficients.num_fractions, coefficients.axis)
-    written = [
-        _weighted_sum((*res, *post), (*rows, *_given_to(k, post, ys)), dtype)
-        for k, (res, post) in enumerate(zip(coefficients.h_res, coefficients.h_post, strict=True))
-    ]
+    written = []
+    for k, (res, post) in enumerate(zip(coefficients.h_res, coefficients.h_post, strict=True)):
+        given = _given_to(k, post, ys)
+        if branch_first:
+            written.append(_weighted_sum((*post, *res), (*given, *rows), dtype))
+        else:
+            written.append(_weighted_sum((*res, *post), (*rows, *given), dtype))
     return _merged(written, coefficients)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .findings import Reason, Residual, Skipped
-from .kinds import is_tensor
+from .kinds import Kinds, is_tensor
 from .passage import Flow, Passage
 
 
@@ -49,6 +49,20 @@ def group(residuals: Sequence[Residual], passage: Passage) -> list[list[Residual
         group_of[residual.add] = members
     unique = {id(members): members for members in group_of.values()}
     return list(unique.values())
+
+
+def regrouped(residuals: Sequence[Residual], groups: Iterable[Collection[str]], kinds: Kinds) -> tuple[Trunk, ...]:
+    """Return the trunks of a part of a model, chained as they are in the whole.
+
+    Args:
+        residuals: of the part, in order of execution.
+        groups: the names on each trunk of the whole.
+        kinds: of the part's graph.
+    """
+    passage = Passage(kinds, adds=[r.add for r in residuals])
+    chains = [chain for names in groups for chain in group([r for r in residuals if r.name in names], passage)]
+    chains.sort(key=lambda members: residuals.index(members[0]))
+    return tuple(Trunk(i, tuple(members), carried_by(members, passage)) for i, members in enumerate(chains))
 
 
 def flow_of(members: Sequence[Residual], passage: Passage) -> Flow:
