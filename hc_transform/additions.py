@@ -23,12 +23,12 @@ CONNECTIONS_NAME = "hyper_connections"
 
 def expand_key(trunk: Trunk) -> str:
     """Return the key of a trunk's stream embedding, after its first residual."""
-    return trunk.residuals[0].key + EXPAND
+    return (trunk.key or trunk.residuals[0].key) + EXPAND
 
 
 def readout_key(trunk: Trunk) -> str:
     """Return the key of a trunk's learnt readout, after its first residual."""
-    return trunk.residuals[0].key + READOUT
+    return (trunk.key or trunk.residuals[0].key) + READOUT
 
 
 def connection_dict(connections: Mapping[str, Connection], plan: Plan) -> nn.ModuleDict:

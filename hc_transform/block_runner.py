@@ -19,6 +19,7 @@ from .blocks import BlockPlan
 from .carrier import TrunkValue, enter, hand_on, holds_streams, is_trunk_value, read_out
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from .hints import Hints
+from .keys import EXPAND, READOUT
 from .kinds import Kinds, is_tensor
 from .options import Options
 from .passage import Flow, Passage
@@ -86,18 +87,30 @@ class BlockRunner:
             result = variant.forward(block, *args, **kwargs)
         if variant not in own:
             own.append(variant)
-        return self._counted(variant, number, (args, kwargs), result)
+        return self._passed_on(block, variant, number, (args, kwargs), result)
 
-    def _counted(self, variant: Variant, number: int, given: Any, result: Any) -> Any:
-        """Return a result that tells the next block how many calls there were, also where this one changed nothing."""
+    def _passed_on(self, block: nn.Module, variant: Variant, number: int, given: Any, result: Any) -> Any:
+        """Return what a call gives that may have done without its residuals, and given back what it was given.
+
+        Streams begin and end in it all the same, and it counts for the next block.
+        """
         call = self.calls[number]
-        if not self.plan.counted or not call.leaves or not variant.left_out:
+        if not variant.left_out:
             return result
         inputs = [v for v in pytree.tree_leaves(given, is_leaf=is_trunk_value) if isinstance(v, torch.Tensor)]
         mode = "sum" if self.options.readout == "sum" else "mean"
+        ends: Any = block.get_submodule(CONNECTIONS_NAME)
+        begin = next((module for key, module in ends.items() if key.endswith(EXPAND)), None)
+        finish = next((module for key, module in ends.items() if key.endswith(READOUT)), None)
 
         def one(value: Any) -> Any:
             if not any([value is v for v in inputs]):
+                return value
+            if not call.leaves:
+                return finish(value.streams) if type(value) is TrunkValue and finish is not None else value
+            if begin is not None and call.step == 0:
+                return hand_on(begin(read_out(value)), 1 if not self.plan.counted else call.step + 1, mode)
+            if not self.plan.counted:
                 return value
             return hand_on(enter(value, self.options.num_streams), call.step + 1, mode)
 
@@ -132,7 +145,7 @@ class BlockRunner:
         own = [variant for key, variants in self.variants.items() if key[0] == number for variant in variants]
         variant, result = run_compiled(own, block, block, args, kwargs)
         if variant is not None:
-            return self._counted(variant, number, (args, kwargs), result)
+            return self._passed_on(block, variant, number, (args, kwargs), result)
         raise DecisionChanged(
             f"compiled code cannot trace {self.plan.path} for a new kind of call ({result}): call the model once in "
             "eager mode with inputs like these, in this mode (train or eval), before it is compiled"

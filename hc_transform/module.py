@@ -87,6 +87,7 @@ class HyperConnectedModule(fx.GraphModule):
         self._inlined = analysis.trace.inlined
         self._known = analysis.known
         self._keys = {r.name: r.key for r in analysis.plan.residuals}
+        self._firsts = {r.name: t.key or t.residuals[0].key for t in analysis.plan.trunks for r in t.residuals}
         self._variants: list[Variant] = []
         self._main.state = self._state = analysis.trace.state
         self.graph.lint()
@@ -223,7 +224,7 @@ class HyperConnectedModule(fx.GraphModule):
                 change,
                 frozenset(path for path in self._inlined if path and _has_forward_hooks(original, path)),
             )
-        graph = rewritten_graph(analysis.trace.graph_module, with_keys_of(analysis.plan, self._keys))
+        graph = rewritten_graph(analysis.trace.graph_module, with_keys_of(analysis.plan, self._keys, self._firsts))
         adopt_constants(self, graph, analysis.trace.graph_module)
         log.info("traced again: %s", change)
         log_left_out(type(self).__name__, analysis)

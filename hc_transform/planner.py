@@ -204,9 +204,20 @@ def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
     return -1, None
 
 
-def with_keys_of(plan: Plan, keys: Mapping[str, str]) -> Plan:
-    """Return the plan of one kind of call with the keys that its residuals have in the plan of all, by their names."""
+def with_keys_of(plan: Plan, keys: Mapping[str, str], firsts: Mapping[str, str] | None = None) -> Plan:
+    """Return the plan of one kind of call with the keys that its residuals have in the plan of all.
+
+    Args:
+        plan: of the call.
+        keys: of the residuals, by their names.
+        firsts: of the first residual on each one's trunk, by its name.
+    """
     trunks = (
-        replace(t, residuals=tuple(replace(r, key=keys.get(r.name, r.key)) for r in t.residuals)) for t in plan.trunks
+        replace(
+            t,
+            residuals=tuple(replace(r, key=keys.get(r.name, r.key)) for r in t.residuals),
+            key=(firsts or {}).get(t.residuals[0].name, ""),
+        )
+        for t in plan.trunks
     )
     return replace(plan, trunks=tuple(trunks))

@@ -113,7 +113,7 @@ def read(streams: Sequence[Tensor], coefficients: AnyCoefficients) -> Tensor:
         return stored([_weighted_sum(coefficients.h_pre, streams, dtype)])[0]
     rows = _fractions(streams, coefficients)
     views = [
-        torch.cat([_weighted_sum(weights, rows, dtype) for weights in view], coefficients.axis)
+        _joined([_weighted_sum(weights, rows, dtype) for weights in view], coefficients.axis)
         for view in coefficients.h_pre
     ]
     return views[0] if len(views) == 1 else torch.stack(views)
@@ -225,7 +225,18 @@ def _fractions(streams: Sequence[Tensor], coefficients: FractionCoefficients) ->
 
 def _merged(rows: Sequence[Tensor], coefficients: FractionCoefficients) -> Streams:
     m = coefficients.num_fractions
-    return tuple(torch.cat(tuple(rows[k : k + m]), coefficients.axis) for k in range(0, len(rows), m))
+    return tuple(_joined(rows[k : k + m], coefficients.axis) for k in range(0, len(rows), m))
+
+
+def _joined(parts: Sequence[Tensor], axis: int) -> Tensor:
+    """Concatenate tensors; the result lies in memory in their order of axes, as that of an add does."""
+    like = parts[0]
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda d: -strides[d])
+    if torch.compiler.is_compiling() or order == sorted(order):
+        return torch.cat(tuple(parts), axis)
+    joined = torch.cat([part.permute(order) for part in parts], order.index(axis % like.dim()))
+    return joined.permute([order.index(d) for d in range(like.dim())])
 
 
 def read_recomputed(streams: Sequence[Tensor], coefficients: AnyCoefficients) -> Tensor:
