@@ -106,13 +106,20 @@ class BlockRunner:
         def one(value: Any) -> Any:
             if not any([value is v for v in inputs]):
                 return value
+            untouched = value.untouched if type(value) is TrunkValue else value
+            if not call.leaves and untouched is not None:
+                return untouched
             if not call.leaves:
-                return finish(value.streams) if type(value) is TrunkValue and finish is not None else value
+                return finish(value.streams) if finish is not None else value
             if begin is not None and call.step == 0:
-                return hand_on(begin(read_out(value)), 1 if not self.plan.counted else call.step + 1, mode)
-            if not self.plan.counted:
+                streams = begin(read_out(value))
+            elif self.plan.counted:
+                streams = enter(value, self.options.num_streams)
+            else:
                 return value
-            return hand_on(enter(value, self.options.num_streams), call.step + 1, mode)
+            made = hand_on(streams, call.step + 1 if self.plan.counted else 1, mode)
+            made.untouched = untouched
+            return made
 
         return pytree.tree_map(one, result, is_leaf=is_trunk_value)
 

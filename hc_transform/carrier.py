@@ -58,6 +58,7 @@ class TrunkValue(Tensor):
         step: how many block calls of its chain it has passed.
         reduction: how it is read out, "mean" or "sum".
         given: the readouts that were given out, by whether gradients were recorded, each with its version then.
+        untouched: what the streams began with, where the blocks since then have none of their residuals in this call.
         origin: the tensor that a block was given, overwrote and gave back, with its version then: one memory with this.
         traced_origin: that tensor in compiled code.
         traced: what compiled code must not write into: the readouts that it gave out, and what it made the value of.
@@ -68,6 +69,7 @@ class TrunkValue(Tensor):
     reduction: str
     given: dict[bool, tuple[Tensor, int]]
     origin: tuple[weakref.ref[Tensor], int] | None
+    untouched: Tensor | None
     traced: tuple[Tensor, ...]
     traced_origin: tuple[Tensor, ...]
 
@@ -84,6 +86,7 @@ class TrunkValue(Tensor):
         value.step = step
         value.reduction = reduction
         value.given = {}
+        value.untouched = None
         value.origin, value.traced_origin = None, ()
         value.traced = (shell,) if torch.compiler.is_dynamo_compiling() else ()
         return value
@@ -138,6 +141,7 @@ def settle(value: TrunkValue) -> None:
 def _move(value: TrunkValue, before: Tensor, after: Tensor) -> None:
     """Move every stream by the same, so that the readout goes from ``before`` to ``after``."""
     change = after - before
+    value.untouched = None
     if value.reduction == "sum":
         change = change / len(value.streams)
     value.streams = tuple([stream + change for stream in value.streams])
@@ -189,7 +193,7 @@ def _written(write: Write, func: Any, args: Any, kwargs: Any) -> Any:
 
     if not torch.compiler.is_dynamo_compiling():
         settle(value)
-    streams = value.streams
+    streams, value.untouched = value.streams, None
     if len(streams) == 1:
         on(streams[0])
     elif write.random:
