@@ -12,6 +12,7 @@ from torch import fx
 from .adds import location_of, module_of, named
 from .aliases import written_through
 from .ancestry import Ancestry
+from .dialects import is_complete, refuse_unknown
 from .findings import Findings, Reason, Residual, Shortcut, Skipped
 from .kinds import Kind, Kinds, is_tensor, name_of, shape_of
 from .spellings import ADDITIONS, SHIFTS, Sum, Term, flattened, sum_of
@@ -29,9 +30,14 @@ def find_residuals(gm: fx.GraphModule) -> Findings:
     subtraction ``x - f(x)``, ``torch.lerp``, ``addcmul``, ``addmm``, a sum over a stack.
 
     Args:
-        gm: any traced graph. Shapes are compared where nodes carry ``meta["tensor_meta"]`` or
-            ``meta["val"]``; module paths and lines come from the metadata of our tracer, else
-            from ``nn_module_stack`` and ``stack_trace``.
+        gm: a graph of ``torch.fx.symbolic_trace``, of ``torch.export`` (``program.module()`` or
+            ``program.graph_module``, decomposed or not) or of Dynamo, as a backend of ``torch.compile`` gets it. Shapes
+            are compared where nodes carry ``meta["tensor_meta"]``, ``meta["val"]`` or ``meta["example_value"]``; module
+            paths and lines come from the metadata of our tracer, else from ``nn_module_stack`` and ``stack_trace``.
+
+    Raises:
+        UnknownDialect: the graph is of operators that are not known (primitives, quantized ones, another tool's), so
+            that its residuals would not be seen.
 
     >>> import torch
     >>> class Block(torch.nn.Module):
@@ -43,7 +49,10 @@ def find_residuals(gm: fx.GraphModule) -> Findings:
     >>> [r.add.name for r in find_residuals(fx.symbolic_trace(Block())).residuals]
     ['add']
     """
-    return _Finder(gm).run()
+    findings = _Finder(gm).run()
+    if is_complete(gm):
+        refuse_unknown(gm, bool(findings.residuals or findings.skipped))
+    return findings
 
 
 class _Finder:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
+from .adds import location_of
 from .errors import PatternError, UnsupportedModel
 from .findings import Findings, Reason, Residual, Skipped
 from .keys import with_keys
@@ -141,7 +142,7 @@ def _refuse_nonlinear(trunks: Sequence[Trunk], kinds: Kinds) -> None:
             raise UnsupportedModel(
                 f"init='mirrored' keeps only the mean of the streams, and trunk {trunk.index} (from "
                 f"{trunk.residuals[0].name}) carries a nonlinear operation: {node.name} at "
-                f"{node.meta.get('hc_location', 'unknown location')}. Use init='paper', which holds across it."
+                f"{location_of(node)}. Use init='paper', which holds across it."
             )
 
 
