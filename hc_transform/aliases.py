@@ -3,21 +3,80 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 if TYPE_CHECKING:
     from .proxy import ValueProxy
 
 
-def written_through(x: Any, write: Any) -> Any:
+WRITES = "hc_writes"  # in the meta of a node that writes into memory that outlives the graph: the operand, by number
+
+
+Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset of a tensor in its memory
+
+
+def written_through(x: Any, write: Any, layouts: tuple[Layout, Layout] | None = None) -> Any:
     """Return ``x`` as it is after ``write``, an in-place operation on a tensor that shares its memory.
 
     A graph of values does not show such a write; this node does.
+
+    Args:
+        x: before the write, or after it where it has its memory still.
+        write: what the operation returned.
+        layouts: of both, where the values that the graph runs on do not share memory.
     """
-    return x
+    if layouts is None:
+        return x
+    extents = [
+        offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) + 1 for size, stride, offset in layouts
+    ]
+    memory = x.new_empty(max(extents))
+    for value, layout in zip((x, write), layouts, strict=True):
+        memory.as_strided(*layout).copy_(value)
+    return memory.as_strided(*layouts[0])
+
+
+def layout_of(tensor: torch.Tensor) -> Layout | None:
+    """Return where a tensor lies in its memory; None if that is not by strides."""
+    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
+        return None
+    return tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
+
+
+def is_seen_elsewhere(write: fx.Node) -> bool:
+    """Whether a tensor that shares memory with what ``write`` wrote into is used afterwards."""
+    return any(user.target is written_through and user.args[1] is write and user.users for user in write.users)
+
+
+def lost_writes(graph: fx.Graph, gone: Collection[fx.Node]) -> dict[fx.Node, fx.Node]:
+    """Return the last write into each tensor that outlives the graph, where it is not done any more.
+
+    Args:
+        graph: as traced.
+        gone: nodes that are done on streams.
+
+    Returns:
+        The tensor written into, as it is before all writes, by the last write.
+    """
+    first: dict[fx.Node, fx.Node] = {}  # what is written into, by what stands for it afterwards
+    last: dict[fx.Node, fx.Node] = {}
+    lost: set[fx.Node] = set()
+    for node in graph.nodes:
+        if WRITES in node.meta:
+            target = node.all_input_nodes[node.meta[WRITES]]
+            first[node] = first.get(target, target)
+            if node in gone or target in lost:
+                lost.add(node)
+            last[first[node]] = node
+        elif node.target is written_through and isinstance(node.args[0], fx.Node):
+            first[node] = first.get(node.args[0], node.args[0])
+            if node.args[1] in lost:
+                lost.add(node)
+    return {write: tensor for tensor, write in last.items() if write in lost}
 
 
 class Aliases:

@@ -29,6 +29,7 @@ It is a pytree of its n streams; hooks of sharding engines see it taken apart (:
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -57,6 +58,8 @@ class TrunkValue(Tensor):
         step: how many block calls of its chain it has passed.
         reduction: how it is read out, "mean" or "sum".
         given: the readouts that were given out, by whether gradients were recorded, each with its version then.
+        origin: the tensor that a block was given, overwrote and gave back, with its version then: one memory with this.
+        traced_origin: that tensor in compiled code.
         traced: what compiled code must not write into: the readouts that it gave out, and what it made the value of.
     """
 
@@ -64,7 +67,9 @@ class TrunkValue(Tensor):
     step: int
     reduction: str
     given: dict[bool, tuple[Tensor, int]]
+    origin: tuple[weakref.ref[Tensor], int] | None
     traced: tuple[Tensor, ...]
+    traced_origin: tuple[Tensor, ...]
 
     @staticmethod
     def __new__(cls: Any, streams: Streams, step: int = 1, reduction: str = "mean") -> TrunkValue:
@@ -79,6 +84,7 @@ class TrunkValue(Tensor):
         value.step = step
         value.reduction = reduction
         value.given = {}
+        value.origin, value.traced_origin = None, ()
         value.traced = (shell,) if torch.compiler.is_dynamo_compiling() else ()
         return value
 
@@ -115,12 +121,18 @@ class TrunkValue(Tensor):
 
 def settle(value: TrunkValue) -> None:
     """Move the streams by what was written into a readout that was given out, or into a view of it."""
+    origin = value.origin and value.origin[0]()
+    if value.origin and origin is not None and origin._version != value.origin[1]:
+        _move(value, readout(value.streams, value.reduction), origin)
+        value.origin = value.origin[0], origin._version
+        value.given = {}
     for recorded, (seen, version) in list(value.given.items()):
         if seen._version != version:
             if len(value.streams) > 1:  # of one stream the readout is the stream
                 with torch.set_grad_enabled(recorded or torch.is_grad_enabled()):
                     _move(value, readout(value.streams, value.reduction), seen)
             value.given = {recorded: (seen, seen._version)}
+            _renew_origin(value)
 
 
 def _move(value: TrunkValue, before: Tensor, after: Tensor) -> None:
@@ -188,13 +200,17 @@ def _written(write: Write, func: Any, args: Any, kwargs: Any) -> Any:
     else:
         before = value.read_out()
         _move(value, before, on(before.clone()))
-    if not torch.compiler.is_dynamo_compiling():
-        _renew(value)
+    _renew(value)
     return value if write.returns else None
 
 
 def _renew(value: TrunkValue) -> None:
     """Let the readouts that were given out, and views of them, be that of the streams as they are now."""
+    if torch.compiler.is_dynamo_compiling():
+        for origin in value.traced_origin:
+            origin.copy_(readout(value.streams, value.reduction))
+        return
+    _renew_origin(value)
     kept = {}
     for recorded, (seen, _) in value.given.items():
         if seen.shape == value.streams[0].shape:
@@ -203,6 +219,14 @@ def _renew(value: TrunkValue) -> None:
                     seen.copy_(readout(value.streams, value.reduction))
             kept[recorded] = (seen, seen._version)
     value.given = kept
+
+
+def _renew_origin(value: TrunkValue) -> None:
+    """Let the tensor that a block was given and gave back be what the streams stand for, if anybody has it still."""
+    origin = value.origin and value.origin[0]()
+    if value.origin and origin is not None:
+        origin.copy_(readout(value.streams, value.reduction))
+        value.origin = value.origin[0], origin._version
 
 
 def _checkpointed(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -285,8 +309,13 @@ def holds_streams(values: Any) -> bool:
     return bool(trunk_values(values))
 
 
-def enter(value: Any, num_streams: int) -> Streams:
+def enter(value: Any, num_streams: int, kept: bool = False) -> Streams:
     """Return the streams that a block is given: those of a trunk value, or a tensor expanded.
+
+    Args:
+        value: a trunk value or a tensor.
+        num_streams: how many streams a tensor becomes.
+        kept: whether the block overwrites the tensor, and the streams are to be what it was.
 
     >>> len(enter(torch.ones(2), 4))
     4
@@ -296,7 +325,9 @@ def enter(value: Any, num_streams: int) -> Streams:
             _unwritten(tensor)
     elif type(value) is TrunkValue:
         settle(value)
-    return value.streams if type(value) is TrunkValue else expand(value, num_streams)
+    if type(value) is TrunkValue:
+        return value.streams
+    return expand(value.clone() if kept else value, num_streams)
 
 
 @torch.compiler.allow_in_graph
@@ -318,6 +349,36 @@ def _unwritten(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def hand_on(streams: Streams, step: int, mode: str) -> TrunkValue:
-    """Return streams as the one value that the code between two blocks hands on."""
-    return TrunkValue(streams, step, mode)
+def hand_on(streams: Streams, step: int, mode: str, given: Any = None) -> TrunkValue:
+    """Return streams as the one value that the code between two blocks hands on.
+
+    Args:
+        streams: n tensors of one shape.
+        step: how many block calls of its chain the value has passed.
+        mode: how it is read out, "mean" or "sum".
+        given: what the block was given, where it overwrites that and gives it back.
+    """
+    if given is None:
+        return TrunkValue(streams, step, mode)
+    overwrite(given, streams, mode)
+    if type(given) is TrunkValue:
+        given.step = step
+        return given
+    value = TrunkValue(streams, step, mode)
+    if torch.compiler.is_dynamo_compiling():
+        value.traced_origin = (given,)
+    else:
+        value.origin = weakref.ref(given), given._version
+    return value
+
+
+def overwrite(memory: Any, value: Any, mode: str = "mean") -> Any:
+    """Let ``memory``, a tensor or a trunk value, be ``value``, a tensor or streams; return it."""
+    if type(memory) is not TrunkValue:
+        memory.copy_(readout(value, mode) if isinstance(value, tuple) else value)
+    elif isinstance(value, tuple):
+        memory.streams = value
+        _renew(memory)
+    else:
+        memory.copy_(value)
+    return memory

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .adds import location_of, module_of, named
-from .aliases import written_through
+from .aliases import is_seen_elsewhere, written_through
 from .ancestry import Ancestry
 from .dialects import is_complete, refuse_unknown
 from .findings import Findings, Reason, Residual, Shortcut, Skipped
@@ -69,7 +69,7 @@ class _Finder:
             total = sum_of(add)
             if total is None:
                 continue
-            found = None if self._any_overwritten(total) else self._residual(add, total) or self._flat(add)
+            found = None if self._in_others_memory(add, total) else self._residual(add, total) or self._flat(add)
             if found is None:
                 verdict = self._verdict(add, total)
                 if name_of(add).rstrip("_") in ADDITIONS or verdict.reason in LISTED_IN_ANY_SPELLING:
@@ -165,6 +165,10 @@ class _Finder:
             return any(True for _ in self.kinds.modules[str(node.target)].parameters())
         return any(is_tensor(n) and self.kinds.is_constant(n) for n in node.all_input_nodes)
 
+    def _in_others_memory(self, add: fx.Node, total: Sum) -> bool:
+        """Whether something else that is used reads what the sum, or an operation of it, overwrites."""
+        return is_seen_elsewhere(add) or self._any_overwritten(total)
+
     def _any_overwritten(self, total: Sum) -> bool:
         return len(total.terms) == 2 and any(
             self._overwritten(skip.factors[0], node)
@@ -185,6 +189,8 @@ class _Finder:
     def _verdict(self, add: fx.Node, total: Sum) -> Skipped:
         if self._any_overwritten(total):
             return _skip(add, Reason.OVERWRITTEN)
+        if is_seen_elsewhere(add):
+            return _skip(add, Reason.SHARED_MEMORY)
         for skip, branch in _splits(total):
             base = self._base(skip.factors[0], branch, self.live)
             if base is not None:
@@ -251,7 +257,15 @@ class _Finder:
 
 MIXING_PRODUCTS = (torch.matmul, summed_products)
 LISTED_IN_ANY_SPELLING = frozenset(
-    {Reason.SHAPES_DIFFER, Reason.DETACHED, Reason.SUBTRACTED, Reason.CENTRED, Reason.ENTANGLED, Reason.OVERWRITTEN}
+    {
+        Reason.SHAPES_DIFFER,
+        Reason.DETACHED,
+        Reason.SUBTRACTED,
+        Reason.CENTRED,
+        Reason.ENTANGLED,
+        Reason.OVERWRITTEN,
+        Reason.SHARED_MEMORY,
+    }
 )
 
 

@@ -25,6 +25,7 @@ class Reason(enum.Enum):
     CENTRED = "what is subtracted is taken from the skip without weights: a norm or a filter"
     ENTANGLED = "the skip is a factor of the branch in the same operation"
     OVERWRITTEN = "the skip is overwritten in place by its own branch"
+    SHARED_MEMORY = "it writes into memory that another tensor shares, which is used later"
     OPAQUE = "inside a module that stayed whole"
     NESTED = "nested: inside or around the branches of a trunk with more residuals"
     SHARED_READ = "its branch starts inside the branch of another residual on the same value"

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from .aliases import is_seen_elsewhere
 from .findings import Shortcut
 from .kinds import FILLED_ALIKE, LINEAR_POINTWISES, PRODUCTS, QUOTIENTS, Kind, Kinds, is_tensor, name_of, tensors_of
 
@@ -135,7 +136,7 @@ class Flow:
         if node in self.passage.forced:
             return None if aside else Passed(source, operands)
         kind = self.passage.kinds.of(node)
-        if kind is Kind.RANDOM and aside or self._out_of_place(node, operands, source):
+        if kind is Kind.RANDOM and aside or is_seen_elsewhere(node) or self._out_of_place(node, operands, source):
             return None
         return Passed(source, operands, aside or kind is Kind.REDUCE)
 

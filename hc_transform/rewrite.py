@@ -22,6 +22,7 @@ from .additions import (
     make_connections,
     readout_key,
 )
+from .aliases import lost_writes
 from .carrying import carried_call
 from .connections import Connection
 from .dialects import takes_first
@@ -93,10 +94,42 @@ def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
     graph.set_codegen(copy.deepcopy(gm.graph._codegen))  # how inputs are taken apart and the output is put together
     kinds = Kinds(gm)
     outer_reads: dict[fx.Node, list[tuple[Residual, fx.Node]]] = {}  # by skip
+    gone = {node for trunk in plan.trunks for node in _done_on_streams(trunk)}
+    memory = _Memory(graph, copies, gone, lost_writes(gm.graph, gone))
     for trunk in sorted(plan.trunks, key=lambda t: -max(len(r.region) for r in t.residuals)):  # outer before inner
-        _TrunkRewriter(graph, copies, trunk, kinds, plan, outer_reads).run()
+        _TrunkRewriter(graph, copies, trunk, kinds, plan, outer_reads, memory).run()
+    for write in memory.lost.keys() - gone:  # into a readout
+        memory.overwrite(write, copies[write])
     log.info("rewrote %d residuals on %d trunks", len(plan.residuals), len(plan.trunks))
     return graph
+
+
+class _Memory:
+    """Tensors that outlive the graph and that it is to overwrite, as the original does.
+
+    Args:
+        graph: the new one.
+        copies: its nodes by those of the plan's graph.
+        gone: nodes of the plan's graph that are done on streams.
+        lost: writes that are not done any more, each with the tensor that it writes into.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, copies: dict[fx.Node, fx.Node], gone: set[fx.Node], lost: dict[fx.Node, fx.Node]
+    ) -> None:
+        self.graph = graph
+        self.copies = copies
+        self.gone = gone
+        self.lost = lost
+
+    def overwrite(self, write: fx.Node, value: fx.Node) -> fx.Node:
+        """Let the tensor that ``write`` writes into be ``value``, a tensor or streams, at the end."""
+        with self.graph.inserting_before(self.graph.output_node()):
+            return self.graph.call_function(carrier.overwrite, (self._tensor(self.lost[write]), value))
+
+    def _tensor(self, node: fx.Node) -> fx.Node:
+        """Return the node of the new graph for a tensor: a view that is carried is made once more."""
+        return self.graph.node_copy(node, self._tensor) if node in self.gone else self.copies[node]
 
 
 class _TrunkRewriter:
@@ -110,6 +143,7 @@ class _TrunkRewriter:
         kinds: Kinds,
         plan: Plan,
         outer_reads: dict[fx.Node, list[tuple[Residual, fx.Node]]],
+        memory: _Memory,
     ) -> None:
         self.graph = graph
         self.copies = copies
@@ -118,6 +152,10 @@ class _TrunkRewriter:
         self.plan = plan
         self.options = plan.options
         self.outer_reads = outer_reads  # reads of the trunks around this one
+        self.memory = memory
+        self.gone = _done_on_streams(trunk)
+        self.overwrites = {write: tensor for write, tensor in memory.lost.items() if write in self.gone}
+        self.mode = "sum" if self.options.readout == "sum" else "mean"
         self.streams: dict[fx.Node, fx.Node] = {}  # trunk value (in the plan's graph) -> its streams
         self.reads: dict[fx.Node, fx.Node] = {}  # trunk value -> a read of it
         self.keys: dict[fx.Node, str] = {}  # trunk value -> key of the residual it comes from
@@ -127,20 +165,13 @@ class _TrunkRewriter:
             self._read(residual)
             self._write(residual)
         self._leave()
-        gone = self._gone()
-        copies = {self.copies[node] for node in gone}
+        self._overwrite()
+        copies = {self.copies[node] for node in self.gone}
         for value in self.streams:
-            if value in gone:
+            if value in self.gone:
                 self._serve_other_users(value, copies)
         for node in sorted(copies, reverse=True):
             self.graph.erase_node(node)
-
-    def _gone(self) -> set[fx.Node]:
-        """Return the nodes of the plan's graph whose work is done on streams from now on."""
-        gone = set(self.trunk.carried)
-        for residual in self.trunk.residuals:
-            gone.update((residual.add, *residual.absorbed, *residual.skip_ops))
-        return gone
 
     def _streams_of(self, value: fx.Node, residual: Residual) -> fx.Node:
         """Return the streams of a trunk value: known, carried there, or expanded."""
@@ -163,7 +194,12 @@ class _TrunkRewriter:
         key = f"{residual.key}_expand"
         with self.graph.inserting_after(after):
             if value is self.trunk.entry:
-                return self._new(carrier.enter, (node, self.options.num_streams), key, value)
+                kept = (True,) if self.overwrites else ()
+                return self._new(carrier.enter, (node, self.options.num_streams, *kept), key, value)
+            if self.overwrites:  # what streams begin with is needed afterwards
+                node = self.graph.call_method("clone", (node,))
+                after = node
+        with self.graph.inserting_after(after):
             if self.options.stream_embedding:
                 return self._module(expand_key(self.trunk), (node,), key, value)
             return self._new(ops.expand, (node, self.options.num_streams), key, value)
@@ -173,11 +209,26 @@ class _TrunkRewriter:
         for value in self.trunk.exits:
             streams = self._streams_of(value, self.trunk.residuals[-1])
             output = self.graph.output_node()
-            mode = "sum" if self.options.readout == "sum" else "mean"
+            given: tuple[fx.Node, ...] = ()
+            if value in self.overwrites and self.memory.lost[value] is self.trunk.entry:
+                given = (self.copies[self.trunk.entry],)
+                del self.overwrites[value]
             with self.graph.inserting_before(output):
                 name = f"{self.keys[value]}_handed_on"
-                handed = self._new(carrier.hand_on, (streams, self.trunk.steps, mode), name, value)
+                handed = self._new(carrier.hand_on, (streams, self.trunk.steps, self.mode, *given), name, value)
             output.replace_input_with(self.copies[value], handed)
+
+    def _overwrite(self) -> None:
+        """Let inputs that the original overwrites be what it leaves in them."""
+        for write, tensor in self.overwrites.items():
+            streams = self.streams[write]
+            if tensor is self.trunk.entry:
+                made = self.memory.overwrite(write, streams)
+                made.args = (*made.args, self.mode)
+            else:
+                with self.graph.inserting_after(streams):
+                    readout = self._readout(write)
+                self.memory.overwrite(write, readout)
 
     def _read(self, residual: Residual) -> None:
         streams = self._streams_of(residual.skip, residual)
@@ -300,6 +351,14 @@ class _TrunkRewriter:
         made = self.graph.create_node("call_function", function, args, {}, name)
         _locate(made, source)
         return made
+
+
+def _done_on_streams(trunk: Trunk) -> set[fx.Node]:
+    """Return the nodes of the plan's graph whose work is done on streams from now on."""
+    gone = set(trunk.carried)
+    for residual in trunk.residuals:
+        gone.update((residual.add, *residual.absorbed, *residual.skip_ops))
+    return gone
 
 
 def _locate(node: fx.Node, source: fx.Node) -> None:

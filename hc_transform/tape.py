@@ -22,6 +22,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
+from .aliases import layout_of, memory_of, version_of, written_through
 from .candidates import INLINED_FROM_TORCH, may_add
 from .compare import tensors_of
 from .draws import host_states
@@ -103,6 +104,8 @@ class _Recorder(TorchFunctionMode):
         self.paths = {module: path for path, module in model.named_modules()}
         self.kinds = Kinds(fx.GraphModule(nn.Module(), fx.Graph()))
         self.node_of: dict[int, fx.Node] = {}
+        self.versions: dict[int, int] = {}  # of the tensors, as nodes stand for them
+        self.writes: dict[int, list[tuple[int, torch.Tensor, fx.Node]]] = {}  # by memory: version then, into what, by
         self.alive: list[Any] = []  # so that no id is used twice
         self.constants: dict[str, Any] = {}
         self.attributes = {id(p): name for name, p in (*model.named_parameters(), *model.named_buffers())}
@@ -253,12 +256,25 @@ class _Recorder(TorchFunctionMode):
     def _node_of(self, tensor: torch.Tensor) -> fx.Node:
         node = self.node_of.get(id(tensor))
         if node is not None:
-            return node
+            return self._after_writes(tensor, node)
         name = self.attributes.get(id(tensor))
         if name is None:  # made where no torch function shows: a constant of this run
             kept = tensor if isinstance(tensor, nn.Parameter) else tensor.detach().clone()
             return self._stands_for(self._constant(kept), tensor)
         return self._stands_for(self.graph.get_attr(name), tensor)
+
+    def _after_writes(self, tensor: torch.Tensor, node: fx.Node) -> fx.Node:
+        """Return what stands for a tensor after others that share its memory were written into."""
+        before = self.versions[id(tensor)]
+        if version_of(tensor) == before:
+            return node
+        for version, written, write in self.writes.get(memory_of(tensor), ()):
+            layouts = layout_of(tensor), layout_of(written)
+            if version > before and None not in layouts:
+                node = self.graph.call_function(written_through, (node, write, layouts))
+                self._locate(node)
+                self._stands_for(node, tensor)
+        return node
 
     def _constant(self, value: Any) -> fx.Node:
         name = f"{CONSTANT}{len(self.constants)}"
@@ -267,6 +283,7 @@ class _Recorder(TorchFunctionMode):
 
     def _stands_for(self, node: fx.Node, tensor: torch.Tensor) -> fx.Node:
         self.node_of[id(tensor)] = node
+        self.versions[id(tensor)] = version_of(tensor)
         self.alive.append(tensor)
         node.meta["hc_type"] = torch.Tensor
         node.meta["tensor_meta"] = _extract_tensor_metadata(tensor)
@@ -274,10 +291,8 @@ class _Recorder(TorchFunctionMode):
 
     def _rebind(self, tensor: torch.Tensor, node: fx.Node) -> None:
         """Let ``node`` stand for a tensor that was changed in place."""
-        old = self.node_of.get(id(tensor))
-        if old is not None and old is not node:
-            node.meta.setdefault("hc_overwrites", []).append(old)
         self._stands_for(node, tensor)
+        self.writes.setdefault(memory_of(tensor), []).append((version_of(tensor), tensor, node))
 
     def _results(self, node: fx.Node, value: Any) -> None:
         """Let nodes stand for every tensor in a nested result."""

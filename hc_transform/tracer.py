@@ -28,7 +28,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from . import guards
-from .aliases import Aliases, version_of, written_through
+from .aliases import WRITES, Aliases, memory_of, version_of, written_through
 from .draws import Draw, draw_of, drawing_functions, host_states, is_number
 from .frames import short_name, user_frame, user_lines
 from .hooks import call_hooks
@@ -110,6 +110,7 @@ class ValueTracer(fx.Tracer):
         self.inlined_within: set[str] = set()
         self._decided: set[Any] = set()
         self._aliases = Aliases()
+        self._lasting: set[int] = set()  # memory of inputs and of what modules hold
         self._objects: dict[int, tuple[Any, fx.Node]] = {}
         self._context = _context_state()
         self._thread = threading.get_ident()
@@ -208,6 +209,7 @@ class ValueTracer(fx.Tracer):
         if key is not None and _hashable(key):
             self._known[key] = proxy
         for tensor in changed:
+            self._note_write(tensor, node)
             self._rebind(tensor, node, returned=value is tensor)
         return proxy
 
@@ -361,10 +363,24 @@ class ValueTracer(fx.Tracer):
             node.meta["hc_type"] = type(value)
         self._value_of[node] = value
         proxy = ValueProxy(node, self, value)
+        if node.op in ("placeholder", "get_attr"):
+            self._lasting.update(memory_of(t) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
         if isinstance(value, torch.Tensor):
             with self._untraced():
                 self._aliases.add(proxy)
         return proxy
+
+    def _note_write(self, tensor: torch.Tensor, node: fx.Node) -> None:
+        """Note in ``node`` that it writes into memory of an input or a module, and which of its operands that is."""
+        with self._untraced():
+            memory = memory_of(tensor)
+            if memory not in self._lasting:
+                return
+            for place, operand in enumerate(node.all_input_nodes):
+                value = self._value_of.get(operand)
+                if isinstance(value, torch.Tensor) and memory_of(value) == memory:
+                    node.meta[WRITES] = place
+                    return
 
     def _rebind(self, tensor: torch.Tensor, node: fx.Node, returned: bool) -> None:
         """Let every proxy of memory that ``node`` changed in place stand for what it is now."""
