@@ -13,6 +13,7 @@ from .additions import connection_dict, make_connections
 from .dialects import is_complete
 from .errors import TraceError, UnsupportedModel
 from .find import find_residuals
+from .findings import Reason
 from .options import Options
 from .planner import Plan, make_plan
 from .report import report_of
@@ -44,8 +45,20 @@ def refuse_choices(**choices: bool) -> None:
 
 
 def plan_exported(program: Any, options: Options) -> Plan:
-    """Return the plan of an exported program."""
-    gm = program.module() if isinstance(program, ExportedProgram) else program
+    """Return the plan of an exported program.
+
+    One that writes into memory of several names is taken in its functional form where more residuals are seen so.
+    """
+    if not isinstance(program, ExportedProgram):
+        return _plan_of(program, options)
+    plan = _plan_of(program.module(), options)
+    if any(s.reason is Reason.SHARED_MEMORY for s in plan.skipped):
+        functional = _plan_of(program.run_decompositions({}).module(), options)
+        return functional if len(functional.residuals) > len(plan.residuals) else plan
+    return plan
+
+
+def _plan_of(gm: fx.GraphModule, options: Options) -> Plan:
     return make_plan(gm, find_residuals(gm), options)
 
 

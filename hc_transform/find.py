@@ -167,7 +167,12 @@ class _Finder:
 
     def _in_others_memory(self, add: fx.Node, total: Sum) -> bool:
         """Whether something else that is used reads what the sum, or an operation of it, overwrites."""
-        return is_seen_elsewhere(add) or self._any_overwritten(total)
+        return self._writes_elsewhere(add, total) or self._any_overwritten(total)
+
+    def _writes_elsewhere(self, add: fx.Node, total: Sum) -> bool:
+        """Whether the sum, or a term of it, is in memory that is written into and read under another name."""
+        terms = (node for term in total.terms for node in term.nodes)
+        return is_seen_elsewhere(add) or not self.kinds.shared.isdisjoint((add, *terms))
 
     def _any_overwritten(self, total: Sum) -> bool:
         return len(total.terms) == 2 and any(
@@ -189,7 +194,7 @@ class _Finder:
     def _verdict(self, add: fx.Node, total: Sum) -> Skipped:
         if self._any_overwritten(total):
             return _skip(add, Reason.OVERWRITTEN)
-        if is_seen_elsewhere(add):
+        if self._writes_elsewhere(add, total):
             return _skip(add, Reason.SHARED_MEMORY)
         for skip, branch in _splits(total):
             base = self._base(skip.factors[0], branch, self.live)

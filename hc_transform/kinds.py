@@ -23,6 +23,7 @@ from .dialects import (
 from .guards import CHECKS
 from .proxy import set_item
 from .reads import is_shape_read
+from .shared_memory import seen_elsewhere
 from .state import state_restored
 from .structure import clone_structure, has_hooks
 
@@ -103,11 +104,14 @@ class Kinds:
         self.modules = dict(graph_module.named_modules(remove_duplicate=False))
         self._of_module: dict[int, Kind] = {}
         self._constant: dict[fx.Node, bool] = {}
+        self.shared = seen_elsewhere(graph_module)
 
     def of(self, node: fx.Node) -> Kind:
         """Return the kind of ``node``; what is not known mixes."""
         if node.target in CHECKS or is_shape_read(node):
             return Kind.SHAPE
+        if node in self.shared:
+            return Kind.MIX
         if node.op == "call_module":
             return self.of_module(self.modules[str(node.target)])
         if node.op in ("call_function", "call_method"):
