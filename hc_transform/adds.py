@@ -24,7 +24,7 @@ def location_of(node: fx.Node) -> str:
     return node.meta.get("hc_location") or location(node) or "unknown location"
 
 
-def named(residuals: list[Residual], modules: dict[str, nn.Module]) -> list[Residual]:
+def named(residuals: list[Residual], modules: Mapping[str, nn.Module]) -> list[Residual]:
     """Name residuals by module paths: the adding module, and the branch's where a module adds more than once."""
     by_add = {r.add: r for r in residuals}
     parts = _Parts(residuals[0].add.graph.nodes if residuals else (), modules)
@@ -59,7 +59,7 @@ class _Parts:
 
     Args:
         nodes: of the graph.
-        modules: of the graph module. A graph whose parameters are inputs has none; of its parts those count that read any.
+        modules: of the graph module. A graph whose parameters are inputs has none: a part is as large as what it reads.
     """
 
     def __init__(self, nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module]) -> None:

@@ -14,7 +14,6 @@ from .dialects import OPERATORS, has_several_outputs, out_of_place, overwrites_f
 from .kinds import Kind, Kinds, name_of
 from .passage import IN_PLACE_OPERATORS
 
-
 NORMS_OF_BATCHES = frozenset("batch_norm instance_norm".split())
 
 
@@ -45,7 +44,11 @@ def carried_call(
         found = statistics_of(node)
         if found[1] is not False:
             replaced = tuple(_argument(value, node, args, kwargs) for value in found)
-            return ops.CarriedFunction(target, ops.carry_statistics), (given[0], *rest), {**kwargs, "statistics": replaced}
+            return (
+                ops.CarriedFunction(target, ops.carry_statistics),
+                (given[0], *rest),
+                {**kwargs, "statistics": replaced},
+            )
     carry: Any = ops.carry_random if kinds.of(node) is Kind.RANDOM else ops.carry
     if _in_place(node, kinds) and (positions != [0] or not _sole_reader(node, given[0])):
         found = None if node.op == "call_module" else _out_of_place(target, kwargs)

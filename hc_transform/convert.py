@@ -376,7 +376,13 @@ def plan(
 
 
 def _check_exported(
-    program: Any, args: Any, kwargs: Any, scope: str, wrapped: Sequence[Any], leaves: Sequence[Any], inlined: Sequence[Any]
+    program: Any,
+    args: Any,
+    kwargs: Any,
+    scope: str,
+    wrapped: Sequence[Any],
+    leaves: Sequence[Any],
+    inlined: Sequence[Any],
 ) -> None:
     """Raise what is wrong with the arguments of a conversion of an exported program."""
     _check_scope(scope)

@@ -263,6 +263,17 @@ def location(node: fx.Node) -> str | None:
 # -- whole graphs
 
 
+def regions_of(gm: fx.GraphModule) -> list[tuple[fx.Node, fx.GraphModule]]:
+    """Return the calls that run a graph within the graph (autocast, checkpointing, branches), with those graphs."""
+    found = []
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.HigherOrderOperator):
+            names = (str(n.target) for n in node.all_input_nodes if n.op == "get_attr")
+            held = (getattr(gm, name, None) for name in names)
+            found += [(node, region) for region in held if isinstance(region, fx.GraphModule)]
+    return found
+
+
 def is_complete(gm: fx.GraphModule) -> bool:
     """Whether a graph is one of torch.export or Dynamo: all operations of a model on tensors, with example values."""
     return isinstance(gm.graph._codegen, _PyTreeCodeGen) or any(

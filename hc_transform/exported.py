@@ -110,4 +110,3 @@ def convert_exported(plan: Plan, example: Example | None, verify: bool, note: st
     converted.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = kept  # which copies have too
     converted.__dict__["hc_report"] = report
     return converted
-

@@ -7,12 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .adds import location_of, module_of, named
 from .aliases import is_seen_elsewhere, written_through
 from .ancestry import Ancestry
-from .dialects import is_complete, refuse_unknown
+from .dialects import is_complete, refuse_unknown, regions_of
 from .findings import Findings, Reason, Residual, Shortcut, Skipped
 from .kinds import Kind, Kinds, is_tensor, name_of, shape_of
 from .spellings import ADDITIONS, SHIFTS, Sum, Term, flattened, sum_of
@@ -50,14 +50,29 @@ def find_residuals(gm: fx.GraphModule) -> Findings:
     ['add']
     """
     findings = _Finder(gm).run()
+    findings = replace(findings, skipped=(*findings.skipped, *_in_regions(gm, dict(gm.named_modules()))))
     if is_complete(gm):
         refuse_unknown(gm, bool(findings.residuals or findings.skipped))
     return findings
 
 
+def _in_regions(gm: fx.GraphModule, modules: Mapping[str, nn.Module]) -> list[Skipped]:
+    """Return a verdict for each add in a graph that ``gm`` calls whole, as one that runs under autocast.
+
+    ``modules`` are those of the model, by which the residuals are named.
+    """
+    rows = []
+    for node, region in regions_of(gm):
+        found = _Finder(region, modules).run()
+        inside = [Skipped(r.name, r.module, r.location, Reason.OPAQUE, name_of(node)) for r in found.residuals]
+        rows += [*inside, *found.skipped, *_in_regions(region, modules)]
+    return rows
+
+
 class _Finder:
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, named_after: Mapping[str, nn.Module] | None = None) -> None:
         self.kinds = Kinds(gm)
+        self.named_after = self.kinds.modules if named_after is None else named_after
         self.nodes = list(gm.graph.nodes)
         self.all = Ancestry(self.nodes, self.kinds, frozenset({Kind.SHAPE}))
         self.live = Ancestry(self.nodes, self.kinds, frozenset({Kind.SHAPE, Kind.CUT}))
@@ -91,7 +106,7 @@ class _Finder:
                 skipped[add] = _skip(add, Reason.OTHER_STREAM)
         shortcuts = [self._shortcut(add, s) for add, s in skipped.items() if s.reason is Reason.PROJECTION]
         return Findings(
-            tuple(named(kept, self.kinds.modules)),
+            tuple(named(kept, self.named_after)),
             tuple(skipped.values()),
             tuple(s for s in shortcuts if s is not None),
         )

@@ -13,7 +13,6 @@ from torch import fx
 
 from . import carrier
 from . import streams as ops
-from .adds import location_of
 from .additions import (
     CONNECTIONS_NAME,
     connection_dict,
@@ -22,6 +21,7 @@ from .additions import (
     make_connections,
     readout_key,
 )
+from .adds import location_of
 from .aliases import lost_writes
 from .carrying import carried_call
 from .connections import Connection
