@@ -41,14 +41,10 @@ def carried_call(
     rest = tuple(a for i, a in enumerate(args) if i not in positions)
     kwargs = dict(kwargs)
     if name_of(node) in NORMS_OF_BATCHES and node.op == "call_function":
-        found = statistics_of(node)
-        if found[1] is not False:
-            replaced = tuple(_argument(value, node, args, kwargs) for value in found)
-            return (
-                ops.CarriedFunction(target, ops.carry_statistics),
-                (given[0], *rest),
-                {**kwargs, "statistics": replaced},
-            )
+        statistics = statistics_of(node)
+        if statistics[1] is not False:
+            kwargs["statistics"] = tuple(_argument(value, node, args, kwargs) for value in statistics)
+            return ops.CarriedFunction(target, ops.carry_statistics), (given[0], *rest), kwargs
     carry: Any = ops.carry_random if kinds.of(node) is Kind.RANDOM else ops.carry
     if _in_place(node, kinds) and (positions != [0] or not _sole_reader(node, given[0])):
         found = None if node.op == "call_module" else _out_of_place(target, kwargs)

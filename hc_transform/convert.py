@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, UnflattenedModule
 
 from .additions import CONNECTIONS_NAME, connection_dict, make_connections
 from .compare import compare
@@ -89,7 +89,7 @@ def convert(
         model: any nn.Module that is not wrapped (DDP, FSDP, torch.compile, torch.jit), or an ExportedProgram, whose
             graph is converted as it is, in the mode that it was exported in.
         args, kwargs: example inputs. Without them those that the model carries are tried
-            (``example_input_array``, ``dummy_inputs``, timm's ``default_cfg``, ``ExportedProgram.example_inputs``), else it is traced
+            (``example_input_array``, ``dummy_inputs``, timm's ``default_cfg``, those of an export), else it is traced
             without values and not verified. Inputs that are None, numbers, strings or dtypes are held as
             constants: a call with another one traces again, once for each. All others may change.
         num_streams: n, by default 4, and 1 for "frac". With one stream of one fraction all residuals
@@ -162,6 +162,7 @@ def convert(
     if inplace and scope == "graph":
         raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
     refuse_unsupported(model)
+    assert isinstance(model, nn.Module)
     if torch.get_default_device().type == "meta" and any(p.device.type != "meta" for p in model.parameters()):
         raise UnsupportedModel(
             "the default device is meta and the model's is not, so that nothing can be computed: convert outside of "
@@ -369,6 +370,7 @@ def plan(
         _check_exported(model, args, kwargs, scope, wrap_functions, leaf_modules, inline_modules)
         return _plan_exported(model, checked)
     refuse_unsupported(model)
+    assert isinstance(model, nn.Module)
     with torch.inference_mode(False), generators_seeded(model), uncompiled():
         example, _ = _prepare(model, args, kwargs, scope)
         hints = _hints(wrap_functions, leaf_modules, inline_modules)
@@ -380,9 +382,9 @@ def _check_exported(
     args: Any,
     kwargs: Any,
     scope: str,
-    wrapped: Sequence[Any],
-    leaves: Sequence[Any],
-    inlined: Sequence[Any],
+    wrap_functions: Sequence[Any],
+    leaf_modules: Sequence[Any],
+    inline_modules: Sequence[Any],
 ) -> None:
     """Raise what is wrong with the arguments of a conversion of an exported program."""
     _check_scope(scope)
@@ -391,9 +393,9 @@ def _check_exported(
         refuse_unsupported(program)
     refuse_choices(
         **{"scope='blocks'": scope == "blocks"},
-        wrap_functions=bool(wrapped),
-        leaf_modules=bool(leaves),
-        inline_modules=bool(inlined),
+        wrap_functions=bool(wrap_functions),
+        leaf_modules=bool(leaf_modules),
+        inline_modules=bool(inline_modules),
     )
 
 
@@ -522,6 +524,11 @@ def refuse_unsupported(model: Any) -> None:
     """Raise UnsupportedModel for anything that is not a plain, unconverted module."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"convert takes an nn.Module, got {type(model).__name__}")
+    if isinstance(model, UnflattenedModule):
+        raise UnsupportedModel(
+            "the model is an exported program that was unflattened: convert the exported program itself, which has the "
+            "same names"
+        )
     wrapped = _wrapper(model)
     if wrapped:
         raise UnsupportedModel(

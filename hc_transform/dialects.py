@@ -9,8 +9,8 @@ Dynamo          torch functions, methods                              placeholde
 ==============  ====================================================  ==========================================
 
 The passes know operations by the names of torch's functions. This file alone knows the others: an operator of ATen
-has here the name of the function that it does the work of (``_native_batch_norm_legit_functional`` is "batch_norm"), and
-one that returns several tensors stands for the first of them, as long as nothing takes another.
+has here the name of the function that it does the work of (``_native_batch_norm_legit`` is "batch_norm"), and one that
+returns several tensors stands for the first of them, as long as nothing takes another.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
-from torch.utils import _pytree as pytree
 
 from .errors import UnknownDialect
 from .frames import INTERNAL_FILES, TORCH
@@ -51,8 +51,9 @@ FIRST_OUTPUTS = {  # operators of several outputs, of which the first is the val
     "_fused_rms_norm": "rms_norm",
     "native_dropout": "dropout",
     **dict.fromkeys(
-        "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit _native_batch_norm_legit_functional "
-        "_native_batch_norm_legit_no_training _batch_norm_with_update _batch_norm_with_update_functional "
+        "native_batch_norm cudnn_batch_norm miopen_batch_norm _native_batch_norm_legit "
+        "_native_batch_norm_legit_functional _native_batch_norm_legit_no_training "
+        "_batch_norm_with_update _batch_norm_with_update_functional "
         "_batch_norm_no_update".split(),
         "batch_norm",
     ),
@@ -216,13 +217,13 @@ def _placeholders_before(node: fx.Node) -> Iterable[fx.Node]:
 
 
 def inputs_of(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: Any) -> dict[str, Any] | None:
-    """Return the inputs of an exported graph by the names of its placeholders; None if it takes them as any function does."""
+    """Return the inputs of an exported graph by its placeholders' names; None if it takes them as any function does."""
     if not isinstance(gm.graph._codegen, _PyTreeCodeGen):
         return None
     spec = gm.graph._codegen.pytree_info.in_spec
-    wanted = spec.child(1).context if spec.num_children == 2 and spec.child(1).type is dict else None
-    ordered = dict(kwargs) if wanted is None else {key: kwargs[key] for key in wanted if key in kwargs}
-    leaves = pytree.tree_leaves((tuple(args), ordered))
+    both = spec.type is tuple and [child.type for child in spec.children()] == [tuple, dict]
+    given = (tuple(args), dict(kwargs)) if both else [*args, *kwargs.values()]
+    leaves = fx_pytree.tree_flatten_spec(given, spec)  # with dictionaries in the order of the export
     names = [str(node.target) for node in gm.graph.nodes if node.op == "placeholder"]
     return dict(zip(names, leaves, strict=True))
 
@@ -316,7 +317,7 @@ UNKNOWN_HINT = (
 
 
 def _family(node: fx.Node) -> str | None:
-    """Return the unknown kind of operators that a call is of, "" for a known one, None where there is no call of one."""
+    """Return the unknown kind of operators that a call is of, "" for a known one, None where no operator is called."""
     if node.op in ("call_method", "call_module"):
         return "" if not node.name.startswith("_guards_fn") else None
     if node.op != "call_function" or node.target is operator.getitem:

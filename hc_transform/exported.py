@@ -24,8 +24,8 @@ from .verify import verify as verify_graph
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 BAKED = (
-    "The program is what torch.export made of the model: its mode (training or eval) and its decisions are those of the "
-    "export, and it is not traced again."
+    "The graph is what torch.export or Dynamo made of the model: its mode (training or eval) and its decisions are as "
+    "they were then, and it is not traced again."
 )
 
 
@@ -39,8 +39,8 @@ def refuse_choices(**choices: bool) -> None:
     for option, given in choices.items():
         if given:
             raise UnsupportedModel(
-                f"{option} needs the model's Python code, and an exported program is one graph: leave it out, or convert "
-                "the model before it is exported"
+                f"{option} needs the model's Python code, and an exported program is one graph: leave it out, or "
+                "convert the model before it is exported"
             )
 
 
@@ -97,8 +97,8 @@ def convert_exported(plan: Plan, example: Example | None, verify: bool, note: st
             expected = run_like(original, *example)
         except Exception as failure:
             raise TraceError(
-                f"the exported program itself fails on the example inputs: {describe(failure)}. Give inputs with args= and "
-                "kwargs= that it was exported for."
+                f"the exported program itself fails on the example inputs: {describe(failure)}. Give inputs with args= "
+                "and kwargs= that it was exported for."
             ) from failure
         found = verify_graph(original, converted, plan, *example, expected=expected)
         error = found.error

@@ -212,6 +212,7 @@ class Kinds:
         if counts or any(isinstance(v, fx.Proxy) for m in copy.modules() for v in m._buffers.values()):
             return Kind.MIX  # it keeps a state, which would change once a stream
         kinds = Kinds(inner)
+        kinds.shared = frozenset()  # what its input shares memory with is seen where it is called
         nodes = [n for n in inner.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         found = [kinds.of(n) for n in nodes]
         if Kind.RANDOM in found:  # the mask is what the module makes of ones

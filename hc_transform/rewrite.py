@@ -75,7 +75,7 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connect
 
 
 def _take_over(result: fx.GraphModule, gm: fx.GraphModule) -> None:
-    """Give ``result`` all else that ``gm`` holds: tensors that no node reads, hooks, the checks of an exported program."""
+    """Give ``result`` all else that ``gm`` holds: tensors that no node reads, hooks, an exported program's checks."""
     for name, value in gm.__dict__.items():
         if name not in result.__dict__:
             own = isinstance(value, types.MethodType) and value.__self__ is gm

@@ -1,7 +1,7 @@
 """Writes into memory that has several names, in graphs that other tools made.
 
-A graph of our tracer shows such writes (:mod:`hc_transform.aliases`). In others a later reader of another name has no edge to the
-write, so that streams, which are memory of their own, would leave it out.
+A graph of our tracer shows such writes (:mod:`hc_transform.aliases`). In others a later reader of another name has no
+edge to the write, so that streams, which are memory of their own, would leave it out.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from .dialects import operator_name
 from .writes import write_of
 
 VIEWS = frozenset(  # what returns its input's memory, or may
-    "view view_as permute transpose t T mT select narrow slice chunk split tensor_split unbind squeeze unsqueeze expand "
-    "expand_as movedim moveaxis swapaxes swapdims unflatten flatten reshape reshape_as as_strided diagonal getitem getattr "
-    "detach alias contiguous to type_as float half double bfloat16 dropout identity".split()
+    "view view_as permute transpose t T mT select narrow slice chunk split tensor_split unbind squeeze unsqueeze "
+    "expand expand_as movedim moveaxis swapaxes swapdims unflatten flatten reshape reshape_as as_strided diagonal "
+    "getitem getattr detach alias contiguous to type_as float half double bfloat16 dropout identity".split()
 )
 
 
@@ -33,7 +33,7 @@ def seen_elsewhere(gm: fx.GraphModule) -> frozenset[fx.Node]:
     ['relu', 'select', 'zero_']
     """
     nodes = list(gm.graph.nodes)
-    if any("hc_type" in node.meta for node in nodes):
+    if any("hc_type" in node.meta or "hc_module" in node.meta for node in nodes):
         return frozenset()
     modules = dict(gm.named_modules())
     number = {node: i for i, node in enumerate(nodes)}

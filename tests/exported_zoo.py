@@ -4,14 +4,15 @@
     python tests/exported_zoo.py "torchvision:*"        # some; names may hold * and ?
     python -m pytest -m zoo tests/test_exported.py      # the same as tests
 
-Prints a table: residuals expected (counted from the models' code in zoo_counts.py and hf_counts.py), found in the model, in the
-exported program and in the decomposed one; how many have the same name and line in the reports of model and program; errors of the
-outputs at the start, and after the connections of both, the model's and the program's, have been moved off it alike.
+Prints a table: residuals expected (counted from the models' code in zoo_counts.py and hf_counts.py), found in the
+model, in the exported program and in the decomposed one; how many have the same name and line in the reports of model
+and program; errors of the outputs at the start, and after the connections of both have been moved off it alike.
 """
 
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import sys
 import time
@@ -157,8 +158,6 @@ COLUMNS = ("name", "expected", "model", "exported", "decomposed", "same", "start
 
 def main() -> int:
     """Check the models and return 1 if anything is not as expected."""
-    import fnmatch
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME")
     wanted = parser.parse_args().names

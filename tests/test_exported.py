@@ -67,6 +67,23 @@ class Basic(nn.Module):
         return self.relu(out)
 
 
+class Downsampled(nn.Module):
+    """A projection shortcut between two basic blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = Basic(), Basic()
+        self.project = nn.Sequential(nn.Conv2d(D, D, 1, 2), nn.BatchNorm2d(D))
+        self.branch = nn.Sequential(
+            nn.Conv2d(D, D, 3, 2, 1), nn.BatchNorm2d(D), nn.ReLU(), nn.Conv2d(D, D, 3, padding=1)
+        )
+
+    def forward(self, x):
+        x = self.first(x)
+        x = F.relu(self.branch(x) + self.project(x))
+        return self.last(x)
+
+
 class BatchNormed(nn.Module):
     """A batch norm between residuals: it is carried, and its statistics are those of one stream."""
 
@@ -187,9 +204,11 @@ class Structured(nn.Module):
 def test_inputs_and_outputs_keep_their_structure():
     model = Structured()
     args = ((TOKENS, {"b": TOKENS * 2}),)
-    kwargs = {"more": [TOKENS], "scale": torch.tensor(2.0)}
+    kwargs = {"more": [TOKENS.clone()], "scale": torch.tensor(2.0)}
     hc = hct.convert(export(model, args, kwargs))
     assert len(hc.hc_report.converted) == 4 and "table" not in hc.state_dict()
+    again = hct.convert(export(model, ((TOKENS, {"b": TOKENS.clone(), "c": TOKENS.clone()}),), kwargs), verify=False)
+    close(again((TOKENS, {"c": TOKENS, "b": TOKENS * 2}), **kwargs)["y"], model(*args, **kwargs)["y"])
     for given in (kwargs, dict(reversed(kwargs.items()))):
         found, expected = hc(*args, **given), model(*args, **given)
         assert type(found["output"]) is Output and pytree.tree_structure(found) == pytree.tree_structure(expected)
@@ -294,6 +313,47 @@ def test_a_batch_norm_of_dynamo_keeps_the_statistics_of_one_stream():
     torch._dynamo.reset()
 
 
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = stack(PreNorm)
+
+    def forward(self, inputs):
+        return {"y": self.blocks(inputs["x"])}
+
+
+def test_a_symbolic_trace_keeps_its_structure():
+    gm = fx.symbolic_trace(Named(), concrete_args={"inputs": {"x": fx.PH}})
+    plan = hct.make_plan(gm, hct.find_residuals(gm), hct.Options(num_streams=2, connection="static"))
+    assert len(plan.residuals) == 4
+    close(hct.rewrite(gm, plan)({"x": TOKENS}), gm({"x": TOKENS}))
+
+
+def test_a_saved_program_reads_alike(tmp_path):
+    program = export(stack(PreNorm), (TOKENS,))
+    torch.export.save(program, tmp_path / "program.pt2")
+    loaded = hct.convert(torch.export.load(tmp_path / "program.pt2"))
+    assert loaded.hc_report.residuals == hct.convert(program).hc_report.residuals
+
+
+def test_a_graph_of_make_fx_is_rewritten():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    model = stack(PreNorm)
+    gm = make_fx(model)(TOKENS)
+    plan = hct.make_plan(gm, hct.find_residuals(gm), hct.Options(num_streams=2))
+    assert len(plan.residuals) == 4
+    close(hct.rewrite(gm, plan)(TOKENS), model(TOKENS))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_shortcuts_are_carried(form):
+    model = Downsampled().eval()
+    hc = hct.convert(FORMS[form](export(model, (IMAGES,))), shortcuts="carry")
+    assert [r.trunk for r in hc.hc_report.converted] == [0, 0] and hc.hc_report.max_error <= 1e-6
+    close(hc(IMAGES), model(IMAGES))
+
+
 def test_a_strict_export_reads_alike():
     model = stack(PreNorm)
     reports = [hct.convert(export(model, (TOKENS,), strict=strict)).hc_report for strict in (False, True)]
@@ -365,6 +425,8 @@ def test_what_needs_python_is_refused():
             hct.convert(program, **options)
     with pytest.raises(hct.TraceError, match="itself fails"):
         hct.convert(program, (TOKENS[:, :2],))
+    with pytest.raises(hct.UnsupportedModel, match="unflattened"):
+        hct.convert(torch.export.unflatten(program), (TOKENS,))
     with pytest.raises(hct.NothingToConvert):
         hct.convert(export(nn.Linear(D, D), (ROWS,)))
 
