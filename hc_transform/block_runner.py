@@ -207,7 +207,7 @@ def linked(
         TraceError: a trunk that goes on in another block does not reach the block's output.
     """
     kinds = Kinds(plan.graph_module)
-    passage = Passage(kinds)
+    passage = Passage(kinds, adds=[r.add for r in plan.residuals])
     flow = Flow(passage, [])
     for node in plan.graph_module.graph.nodes:
         given_as = _input_of(node)

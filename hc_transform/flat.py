@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-KEPT_META = ("hc_module", "hc_location", "hc_on_values", "stack_trace")
+from .aliases import WRITES
+
+KEPT_META = ("hc_module", "hc_location", "hc_on_values", WRITES, "stack_trace")
 
 
 class NodeRef(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,6 +112,54 @@ def call_hooks(module: Any, args: Any, kwargs: Any, output: Any) -> None:
                 f"a forward hook on a {type(module).__name__} changes its output, and the module's code is part of a "
                 "converted block's graph. Put the hook on the block or on a module inside of a branch"
             )
+
+
+def within_hooks(
+    module: Any,
+    on_streams: Callable[..., Streams],
+    streams: Streams,
+    args: tuple[Any, ...],
+    position: int,
+    kwargs: dict[str, Any],
+) -> Streams:
+    """Call a module that is carried on all streams, and its hooks once, with readouts.
+
+    Args:
+        module: whose hooks to call.
+        on_streams: what its forward does to streams, given them and the other arguments.
+        streams: n tensors of one shape.
+        args: the other positional arguments.
+        position: where the streams stand among the positional arguments.
+        kwargs: by keyword.
+
+    Raises:
+        UnsupportedModel: a hook puts something in place of a value that the streams cannot follow.
+    """
+    given: Any = (*args[:position], hand_on(streams, 1, "mean"), *args[position:])
+    for key, hook in list(module._forward_pre_hooks.items()):
+        if key in module._forward_pre_hooks_with_kwargs:
+            result = observe(hook, before=True)(module, given, kwargs)
+            given, kwargs = (given, kwargs) if result is None else result
+        else:
+            result = observe(hook, before=True)(module, given)
+            given = given if result is None else result if isinstance(result, tuple) else (result,)
+    _refuse_plain(module, given[position])
+    output: Any = on_streams(enter(given[position], 0), *given[:position], *given[position + 1 :], **kwargs)
+    output = hand_on(output, 1, "mean")
+    for key, hook in list(module._forward_hooks.items()):
+        with_kwargs = (kwargs,) if key in module._forward_hooks_with_kwargs else ()
+        result = observe(hook, before=False)(module, given, *with_kwargs, output)
+        output = output if result is None else result
+    _refuse_plain(module, output)
+    return enter(output, 0)
+
+
+def _refuse_plain(module: Any, value: Any) -> None:
+    if type(value) is not TrunkValue:
+        raise UnsupportedModel(
+            f"a hook on a {type(module).__name__} puts a tensor of another shape in place of a value that is held as "
+            "streams. Put the hook on a module inside of a branch"
+        )
 
 
 def read_outputs(module: Any, args: Any, output: Any) -> Any:

@@ -45,10 +45,12 @@ class Passage:
     Args:
         kinds: the kinds of the graph's nodes.
         shortcuts: projection shortcuts that are passed too.
+        adds: residual adds that are converted: each begins streams of its own, and those of others end there.
     """
 
-    def __init__(self, kinds: Kinds, shortcuts: Iterable[Shortcut] = ()) -> None:
+    def __init__(self, kinds: Kinds, shortcuts: Iterable[Shortcut] = (), adds: Iterable[fx.Node] = ()) -> None:
         self.kinds = kinds
+        self.adds = frozenset(adds)
         self.forced: dict[fx.Node, fx.Node] = {}
         for shortcut in shortcuts:
             way = (shortcut.value, *shortcut.way, shortcut.add)
@@ -58,6 +60,8 @@ class Passage:
         """Return the operands of ``node`` that may be streams, each once; none if it is a boundary."""
         if node in self.forced:
             return [self.forced[node]]
+        if node in self.adds:
+            return []
         kind, name = self.kinds.of(node), name_of(node)
         if (
             not is_tensor(node)

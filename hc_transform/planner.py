@@ -69,13 +69,15 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     """
     kinds = Kinds(graph_module)
     active, skipped = _selected(findings.residuals, options)
-    passage = Passage(kinds, findings.shortcuts if options.shortcuts == "carry" else ())
+    shortcuts = findings.shortcuts if options.shortcuts == "carry" else ()
+    passage = Passage(kinds, shortcuts)
     if options.nested == "largest":
         active, nested = without_nested(active, passage)
         skipped += nested
     active, shared = with_reads_of_their_own(active)
     skipped += shared
     active = with_keys(active)
+    passage = Passage(kinds, shortcuts, [r.add for r in active])
     groups = split(group(active, passage), passage)
     short = [members for members in groups if len(members) < options.min_residuals]
     skipped += [as_skipped(r, Reason.SHORT, f"{len(members)}") for members in short for r in members]

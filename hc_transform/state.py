@@ -23,9 +23,9 @@ MOST = 50_000  # Python values that are looked at; what is behind them is left a
 
 
 @contextlib.contextmanager
-def state_restored(model: nn.Module) -> Iterator[None]:
+def state_restored(model: nn.Module, within: Iterable[str] | None = None) -> Iterator[None]:
     """Put the buffers, the plain attributes of modules and the random generators back on exit."""
-    restore = saved_state(model)
+    restore = saved_state(model, within)
     try:
         yield
     finally:
@@ -49,7 +49,7 @@ def saved_state(model: nn.Module, within: Iterable[str] | None = None) -> Undo:
     That is the values of buffers, the attributes that modules hold, with the contents of the lists, dicts and
     objects among them, and the states of torch's, Python's and numpy's random generators. Parameters are not saved.
     """
-    modules = list(model.modules() if within is None else _modules_within(model, within))
+    modules = list(model.modules() if within is None else modules_within(model, within))
     undo = [*_saved_buffers(modules), *saved_generators(model)]
     contents = Contents(id(tensor) for module in modules for tensor in module._buffers.values())
     for module in modules:
@@ -140,7 +140,8 @@ def is_state(name: str) -> bool:
     return name not in REGISTRIES and not name.startswith(("_hc_", "_tensor_constant"))
 
 
-def _modules_within(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
+def modules_within(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
+    """Yield the modules at ``paths`` and below, each once."""
     return iter({id(m): m for path in paths for m in model.get_submodule(path).modules()}.values())
 
 

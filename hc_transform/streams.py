@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from .errors import UnsupportedModel
+from .writes import of_engine
+
 Streams = tuple[Tensor, ...]
 
 
@@ -270,6 +273,8 @@ def carry(
     >>> [s.shape for s in carry("reshape", expand(torch.ones(2, 3), 2), 3, 2)]
     [torch.Size([3, 2]), torch.Size([3, 2])]
     """
+    if _has_own_hooks(op):
+        return _within_hooks(carry, op, streams, args, position, kwargs)
     return tuple(_apply(op, stream, args, position, kwargs) for stream in streams)
 
 
@@ -345,6 +350,8 @@ def carry_random(
     Such an operation multiplies its input by a random mask, so the mask is what it makes of
     ones. It takes as much from the random generator as one call of ``op`` does.
     """
+    if _has_own_hooks(op):
+        return _within_hooks(carry_random, op, streams, args, position, kwargs)
     mask = _apply(op, torch.ones_like(streams[0]), args, position, kwargs)
     return tuple(stream * mask for stream in streams)
 
@@ -414,8 +421,11 @@ def carry_folded(op: Callable[[Tensor], Tensor], streams: Sequence[Tensor]) -> S
     Batch norm sees all streams as one batch and updates its running statistics once. Its unbiased
     variance is that of as many values as one stream has, so that equal streams change it as one does.
     """
+    if _has_own_hooks(op):
+        return _within_hooks(carry_folded, op, streams)
     count = len(streams)
-    norms: list[Any] = [m for m in op.modules() if _tracks_variance(m)] if isinstance(op, nn.Module) else []
+    module = getattr(op, "__self__", op)
+    norms: list[Any] = [m for m in module.modules() if _tracks_variance(m)] if isinstance(module, nn.Module) else []
     before = [norm.running_var.detach().clone() for norm in norms]
     folded: Tensor = op(torch.cat(tuple(streams)))
     for norm, variance in zip(norms, before, strict=True):
@@ -435,6 +445,37 @@ def _as_of_one_stream(running_var: Tensor, before: Tensor, rate: Any, samples: i
 def _tracks_variance(module: Any) -> bool:
     batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
     return batch_norm and module.training and module.running_var is not None
+
+
+def _has_own_hooks(op: Any) -> bool:
+    """Whether hooks that a user registered are called with a module that is carried."""
+    if not isinstance(op, nn.Module):
+        return False
+    if op._modules and any([_own_hooks(part) for part in op.modules() if part is not op]):
+        raise UnsupportedModel(
+            f"a part of a {type(op).__name__} that is done on each stream has a forward hook. Put the hook on the "
+            f"{type(op).__name__} itself, or register it before the conversion"
+        )
+    return _own_hooks(op)
+
+
+def _own_hooks(module: nn.Module) -> bool:
+    if not (module._forward_hooks or module._forward_pre_hooks):
+        return False
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return not all([of_engine(hook) for hook in hooks])
+
+
+def _within_hooks(
+    carry: Any, module: Any, streams: Any, args: Any = (), position: int = 0, kwargs: dict[str, Any] | None = None
+) -> Streams:
+    from .hooks import within_hooks  # which stand on this file
+
+    def on(streams: Any, *args: Any, **kwargs: Any) -> Streams:
+        return tuple(carry(module.forward, streams, *args, **kwargs))
+
+    placed = {"position": position} if position else {}
+    return within_hooks(module, functools.partial(on, **placed), tuple(streams), args, position, kwargs or {})
 
 
 def _apply(

@@ -109,7 +109,7 @@ def split(groups: list[list[Residual]], passage: Passage) -> list[list[Residual]
         on_chain = {r.add for r in chain}
         apart = [r for r in members if r.add not in on_chain and nest([r], chain)]
         taken = {r.add for r in apart}
-        separate.append([r for r in members if r.add not in taken])
+        separate += group([r for r in members if r.add not in taken], passage)
         waiting += reversed(group(apart, passage))
     return separate
 
@@ -119,11 +119,13 @@ def longest_chain(members: Sequence[Residual], passage: Passage) -> list[Residua
     by_add = {r.add: r for r in members}
     flow = Flow(passage, by_add)
     before: dict[fx.Node, Residual | None] = {}
+    spans: dict[fx.Node, int] = {}  # of the chain that ends there
     for residual in members:  # in order of execution
         add = flow.trunk_value(residual.skip)
         before[residual.add] = None if add is None else by_add[add]
         flow.lengths[residual.add] = 1 + (0 if add is None else flow.lengths[add])
-    last: Residual | None = max(members, key=lambda r: (flow.lengths[r.add], len(r.region)))
+        spans[residual.add] = len(residual.region) + (0 if add is None else spans[add])
+    last: Residual | None = max(members, key=lambda r: (flow.lengths[r.add], spans[r.add]))
     chain = []
     while last is not None:
         chain.append(last)

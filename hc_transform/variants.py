@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from .aliases import WRITES
 from .errors import DecisionChanged
 from .flat import flatten_graph, unflatten_graph
 from .graph_code import shared_function_of
 from .guards import CHECKS, HINT
 from .python_state import PythonState
 from .reads import is_shape_read
-from .state import undone_on
+from .state import modules_within, state_restored, undone_on
+from .structure import copy_inputs
+from .writes import of_engine
+
+FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -25,12 +32,14 @@ class Needs:
     Attributes:
         late: whether it may stop after an operation that changed the state.
         values: whether it decides on values of tensors or on random numbers.
+        writes: whether it writes into inputs before it may stop.
         flags: paths of the ``training`` flags that it reads.
         touched: modules whose state may have changed when it stops.
     """
 
     late: bool
     values: bool
+    writes: bool
     flags: tuple[str, ...]
     touched: tuple[str, ...] = ()
 
@@ -97,11 +106,43 @@ def run_first(
 
 
 def run(variant: Variant, module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Run a graph, undoing what it did to the state if it turns out not to fit."""
-    if not variant.needs.late:
+    """Run a graph, undoing what it did to the state if it turns out not to fit.
+
+    What hooks did and what was written into inputs is not undone: there a run beforehand, without hooks and on copies,
+    tells whether the graph fits.
+    """
+    needs = variant.needs
+    if not needs.late:
         return variant.forward(module, *args, **kwargs)
-    with undone_on(DecisionChanged, module, variant.needs.touched):
+    if needs.writes or any(map(_has_own_hooks, modules_within(module, needs.touched))):
+        with state_restored(module, needs.touched):
+            variant.forward(_without_hooks(module), *copy_inputs(tuple(args)), **copy_inputs(kwargs))
+    with undone_on(DecisionChanged, module, needs.touched):
         return variant.forward(module, *args, **kwargs)
+
+
+def _has_own_hooks(module: nn.Module) -> bool:
+    """Whether hooks of the user's are called when ``module`` is."""
+    return any(not of_engine(hook) for name in FORWARD_HOOKS for hook in getattr(module, name).values())
+
+
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """Return a module with the same tensors and objects, without hooks that are no engine's, and so its parts."""
+    made: dict[int, nn.Module] = {}
+
+    def bare(module: nn.Module) -> nn.Module:
+        if isinstance(module, torch.jit.ScriptModule):
+            return module
+        if id(module) not in made:
+            made[id(module)] = shell = object.__new__(type(module))
+            shell.__dict__.update(module.__dict__)
+            for name in FORWARD_HOOKS:
+                hooks = module.__dict__[name].items()
+                shell.__dict__[name] = OrderedDict((key, hook) for key, hook in hooks if of_engine(hook))
+            shell.__dict__["_modules"] = {n: m if m is None else bare(m) for n, m in module._modules.items()}
+        return made[id(module)]
+
+    return bare(module)
 
 
 def run_compiled(
@@ -121,15 +162,17 @@ def run_compiled(
 
 def needs_of(graph: fx.Graph) -> Needs:
     """Return what ``graph`` needs to know of a call."""
-    working = late = False
+    working = late = wrote = writes = False
     touched: list[str] = []
     before_check: list[str] = []
     for node in graph.nodes:
         if node.target in CHECKS:
-            late = late or working
+            late, writes = late or working, writes or wrote
             touched += before_check
             before_check = []
-        elif node.op == "call_module":
+            continue
+        wrote = wrote or WRITES in node.meta
+        if node.op == "call_module":
             before_check.append(str(node.target))
             working = True
         elif node.op == "get_attr" and not str(node.target).endswith(("training", "_buffers", "__dict__")):
@@ -139,7 +182,7 @@ def needs_of(graph: fx.Graph) -> Needs:
     values = any("hc_on_values" in node.meta for node in graph.nodes if node.target in CHECKS)
     reads = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     flags = tuple(target for target in reads if target.rpartition(".")[2] == "training")
-    return Needs(late, values, flags, tuple(dict.fromkeys(touched)))
+    return Needs(late, values, writes, flags, tuple(dict.fromkeys(touched)))
 
 
 def decides_on_training(graph: fx.Graph) -> bool:

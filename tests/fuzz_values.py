@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
 import re
@@ -147,3 +148,44 @@ def write_attribute(owner: Any, attribute: str, value: Any) -> None:
     for name in names:
         owner = getattr(owner, name)
     setattr(owner, last, value)
+
+
+class Noise:
+    """How far rounding moves the gradients and buffers of a model in fp32: its own, with parameters moved by as much.
+
+    Such as those of a bias before a norm, which cancel, and the running mean of what a norm has centred.
+    """
+
+    FACTOR, SHAKES, CAP = 10, 3, 1e-3  # the cap is of the largest gradient, and of the largest buffer
+
+    def __init__(self, model: nn.Module, inputs: Any, train: bool, seed: int, trains: bool) -> None:
+        self.model = copy.deepcopy(model).train(train)
+        self.inputs, self.seed, self.trains = inputs, seed, train and trains
+        self.bounds: dict[str, float] = {}
+
+    def of(self, name: str) -> float:
+        """Return the largest difference of a gradient, or a buffer, that may be rounding."""
+        if not self.bounds:
+            calm, *shaken = (self._values(shake) for shake in range(self.SHAKES + 1))
+            for kind in (0, 1):
+                most = max((v.abs().max().item() for v in calm[kind].values() if v.numel()), default=0.0)
+                for key, value in calm[kind].items():
+                    moved = max(((s[kind][key] - value).abs().max().item() for s in shaken if value.numel()), default=0)
+                    self.bounds[key] = min(self.FACTOR * moved, self.CAP * most)
+        return self.bounds.get(name, 0.0)
+
+    def _values(self, shake: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        model = copy.deepcopy(self.model)
+        if shake:
+            generator = torch.Generator().manual_seed(shake)
+            with torch.no_grad():
+                for p in model.parameters():
+                    unit = torch.finfo(torch.float32).eps * (torch.rand(p.shape, generator=generator) - 0.5)
+                    p.mul_(1 + unit.to(p.dtype))
+        sow(self.seed)
+        with torch.set_grad_enabled(self.trains):
+            value = model(*(t.clone() for t in self.inputs))
+        if self.trains:
+            loss_of(value).backward()
+        grads = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
+        return grads, {n: b.double() for n, b in model.named_buffers()}

@@ -296,3 +296,92 @@ def test_guards_on_python_state_cost_little(scope):
     )
     print(f"\n{1e6 * seconds:.2f} us a block")
     assert seconds < 5e-5
+
+
+class Carries(nn.Module):
+    """Residuals with a module between them that each stream goes through, and a draw that comes late."""
+
+    def __init__(self, between, p=0.0):
+        super().__init__()
+        self.stem = nn.Linear(D, D)
+        self.f, self.g = (nn.Sequential(nn.Linear(D, D), nn.Tanh(), nn.Linear(D, D)) for _ in range(2))
+        self.between = between
+        self.p = p
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = self.between(x + self.f(x))
+        if self.training and torch.rand(()).item() < self.p:
+            return x
+        return x + self.g(x)
+
+
+BETWEEN = {
+    "layer norm": lambda: nn.LayerNorm(D),
+    "dropout": lambda: nn.Dropout(0.5),
+    "batch norm": lambda: nn.BatchNorm1d(D),
+    "activation": lambda: nn.ReLU(inplace=True),
+}
+
+
+@pytest.mark.parametrize("changes", [False, True], ids=["looks", "changes"])
+@pytest.mark.parametrize("before", [False, True], ids=["hook", "pre-hook"])
+@pytest.mark.parametrize("between", BETWEEN)
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_hook_on_a_carried_module_sees_the_value_once(scope, between, before, changes):
+    torch.manual_seed(0)
+    model, x = Carries(BETWEEN[between]()), torch.randn(6, D)
+    hc = hct.convert(copy.deepcopy(model), (x,), scope=scope)
+    seen = []
+
+    def hook(module, args, *output):
+        value = output[0] if output else args[0]
+        seen.append(value.detach().clone())
+        return value * 1.5 if changes else None
+
+    outputs = []
+    for m in (model, hc):
+        part = m.get_submodule("between")
+        register = part.register_forward_pre_hook if before else part.register_forward_hook
+        register(hook)
+        torch.manual_seed(1)
+        outputs.append(m(x))
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_hook_on_a_part_of_a_carried_module_is_refused(scope):
+    model, x = Carries(nn.Sequential(nn.LayerNorm(D), nn.ReLU())), torch.randn(6, D)
+    hc = hct.convert(model, (x,), scope=scope, leaf_modules=["between"])
+    calls = []
+    hc.get_submodule("between.0").register_forward_hook(lambda *_: calls.append(1))
+    try:
+        hc(x)
+    except hct.UnsupportedModel as refused:
+        assert "has a forward hook" in str(refused)
+    else:
+        assert len(calls) == 1
+
+
+@pytest.mark.parametrize("path", ["stem", "f", "f.0", "between"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_hooks_are_called_once_where_a_late_draw_picks_the_graph(scope, path):
+    torch.manual_seed(0)
+    model, x = Carries(nn.LayerNorm(D), p=0.5), torch.randn(6, D)
+    hc = hct.convert(copy.deepcopy(model), (x,), scope=scope, nested="all")
+    for seed in range(4):
+        torch.manual_seed(seed)
+        hc(x)  # both graphs are there
+    seen = {}
+    for m in (model, hc):
+        seen[m] = []
+        m.get_submodule(path).register_forward_hook(lambda *args, m=m: seen[m].append(args[2].detach()))
+    for seed in range(8):
+        for m in (model, hc):
+            torch.manual_seed(seed)
+            seen[m].append(m(x))
+    assert len(seen[model]) == len(seen[hc]) == 16
+    for ours, theirs in zip(seen[hc], seen[model], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
