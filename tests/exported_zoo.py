@@ -120,7 +120,8 @@ def check(name: str) -> Outcome:
         with torch.no_grad():
             expected = seeded(model, args, kwargs)
             outcome.start = max(error(seeded(m, args, kwargs), expected) for m in results)
-            expected = seeded(moved(converted), args, kwargs)
+            plain, expected = expected, seeded(moved(converted), args, kwargs)
+            assert error(expected, plain) > 1e-4, "moved connections change nothing, so that nothing was compared"
             outcome.apart = max(error(seeded(moved(m), args, kwargs), expected) for m in results)
         if not outcome.fine:
             outcome.problem = f"{sorted(rows[0] ^ rows[1])[:6]}"
