@@ -77,15 +77,24 @@ def made(name: str) -> tuple[torch.nn.Module, tuple[Any, ...], dict[str, Any], i
         from zoo_cases import CASES
 
         case = next(case for case in CASES if case.name == name)
-        model = wake(case.make()).eval()
+        model = scaled(wake(case.make()).eval())
         return model, case.inputs(2), {}, case.expected(counter(model))
     from hf_cases import CASES as LANGUAGE_CASES
 
     found = next(case for case in LANGUAGE_CASES if case.name == name)
-    model = wake(found.make()).eval()
+    model = scaled(wake(found.make()).eval())
     inputs = found.inputs(2, found.lengths[0])
     cached = getattr(model.config, "use_cache", None) is not None
     return model, (), {**inputs, **({"use_cache": False} if cached else {})}, found.expected(model.config)
+
+
+def scaled(model: torch.nn.Module) -> torch.nn.Module:
+    """Give layer scales that start near zero values that let their branches show."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() and parameter.abs().max() < 1e-2:
+                parameter.normal_(0.5, 0.1)
+    return model
 
 
 def moved(model: torch.nn.Module) -> torch.nn.Module:
