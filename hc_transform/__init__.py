@@ -25,6 +25,7 @@ from .errors import (
     NothingToConvert,
     PatternError,
     TraceError,
+    UnknownDialect,
     UnsupportedModel,
 )
 from .find import find_residuals
@@ -80,6 +81,7 @@ __all__ = [
     "TraceError",
     "Trunk",
     "TrunkValue",
+    "UnknownDialect",
     "UnsupportedModel",
     "block_graphs",
     "carry",

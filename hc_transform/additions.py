@@ -10,6 +10,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .connections import Connection
+from .dialects import is_lifted, value_of
 from .ends import LearnedReadout, StreamDropout, StreamEmbedding
 from .errors import UnsupportedModel
 from .findings import Residual
@@ -120,7 +121,9 @@ class _MadeIn(TorchFunctionMode):
 
 
 def _parameter_near(residual: Residual, modules: Mapping[str, nn.Module]) -> torch.Tensor:
-    """Return a floating-point parameter of the branch, for its device and dtype."""
+    """Return a floating-point parameter of the branch, or what stands for one, for its device and dtype."""
     branch = [modules[str(node.target)] for node in residual.region if node.op == "call_module"]
-    parameters = (p for module in (*branch, modules[""]) for p in module.parameters() if p.is_floating_point())
-    return next(parameters, torch.empty(0))
+    read = [value_of(n) for node in residual.region for n in node.all_input_nodes if is_lifted(n)]
+    held = [p for module in (*branch, modules[""]) for p in module.parameters()]
+    near = (p for p in (*read, *held, value_of(residual.skip)) if isinstance(p, torch.Tensor) and p.is_floating_point())
+    return next(near, torch.empty(0))

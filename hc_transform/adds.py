@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from torch import fx, nn
 
+from .dialects import is_lifted, location, module_path, modules_called, value_of
 from .findings import Residual
 
 
@@ -14,26 +16,25 @@ def module_of(node: fx.Node) -> str:
     """Return the path of the module whose code made ``node``."""
     if "hc_module" in node.meta:
         return node.meta["hc_module"]
-    stack = node.meta.get("nn_module_stack")
-    return list(stack.values())[-1][0] if stack else ""
+    return module_path(node)
 
 
 def location_of(node: fx.Node) -> str:
     """Return "file:line" of the user's code that made ``node``."""
-    return node.meta.get("hc_location", "unknown location")
+    return node.meta.get("hc_location") or location(node) or "unknown location"
 
 
-def named(residuals: list[Residual], modules: dict[str, nn.Module]) -> list[Residual]:
+def named(residuals: list[Residual], modules: Mapping[str, nn.Module]) -> list[Residual]:
     """Name residuals by module paths: the adding module, and the branch's where a module adds more than once."""
     by_add = {r.add: r for r in residuals}
-    sizes: dict[str, int] = {}
+    parts = _Parts(residuals[0].add.graph.nodes if residuals else (), modules)
     per_module = Counter(r.module for r in residuals)
     taken: Counter[str] = Counter()
     named = []
     for residual in residuals:
         name = residual.module
         if not name or per_module[residual.module] > 1:
-            name = _branch_path(residual, by_add, modules, sizes) or name or residual.add.name
+            name = _branch_path(residual, by_add, parts) or name or residual.add.name
         taken[name] += 1
         named.append(replace(residual, name=name if taken[name] == 1 else f"{name}:{taken[name]}"))
     return named
@@ -53,9 +54,39 @@ def _own_part(residual: Residual, by_add: dict[fx.Node, Residual]) -> set[fx.Nod
     return found
 
 
-def _branch_path(
-    residual: Residual, by_add: dict[fx.Node, Residual], modules: dict[str, nn.Module], sizes: dict[str, int]
-) -> str:
+class _Parts:
+    """The parts of a model: which are called, and how large they are.
+
+    Args:
+        nodes: of the graph.
+        modules: of the graph module. A graph whose parameters are inputs has none: a part is as large as what it reads.
+    """
+
+    def __init__(self, nodes: Iterable[fx.Node], modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.called = modules_called(nodes)
+        self.sizes: dict[str, int] = {}
+        self._read: dict[str, set[fx.Node]] = {}
+        for node in nodes:
+            for source in node.all_input_nodes if self.called else ():
+                if is_lifted(source):
+                    self._read.setdefault(module_of(node), set()).add(source)
+
+    def is_container(self, path: str) -> bool:
+        """Whether a module only holds others, so that the one in it gives the name."""
+        known = isinstance(self.modules.get(path), (nn.ModuleList, nn.ModuleDict))
+        return known or bool(self.called) and path not in self.called
+
+    def size(self, path: str) -> int:
+        """Return how many parameters a module has."""
+        if path not in self.sizes:
+            found = {n for p, read in self._read.items() if p == path or p.startswith(path + ".") for n in read}
+            held = self.modules[path].parameters() if path in self.modules else map(value_of, found)
+            self.sizes[path] = sum(p.numel() for p in held)
+        return self.sizes[path]
+
+
+def _branch_path(residual: Residual, by_add: dict[fx.Node, Residual], parts: _Parts) -> str:
     """Return the path of the branch's largest module, one level below the module that adds."""
     prefix = residual.module + "." if residual.module else ""
     best, size = "", -1
@@ -65,14 +96,10 @@ def _branch_path(
             continue
         atoms = path[len(prefix) :].split(".")
         depth = 1
-        while depth < len(atoms) and isinstance(
-            modules.get(prefix + ".".join(atoms[:depth])), (nn.ModuleList, nn.ModuleDict)
-        ):
+        while depth < len(atoms) and parts.is_container(prefix + ".".join(atoms[:depth])):
             depth += 1
         path = prefix + ".".join(atoms[:depth])
-        if path not in sizes:
-            sizes[path] = sum(p.numel() for p in modules[path].parameters()) if path in modules else 0
-        numel = sizes[path]
+        numel = parts.size(path)
         if (numel, path) > (size, best):
             best, size = path, numel
     return best

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from . import streams as ops
+from .dialects import OPERATORS, has_several_outputs, out_of_place, overwrites_first, statistics_of
 from .kinds import Kind, Kinds, name_of
 from .passage import IN_PLACE_OPERATORS
+
+NORMS_OF_BATCHES = frozenset("batch_norm instance_norm".split())
 
 
 def carried_call(
@@ -33,8 +36,15 @@ def carried_call(
     given = [streams[node.args[i]] for i in positions]  # type: ignore[index]
     if node.op == "call_module" and any(map(_keeps_statistics, kinds.modules[str(node.target)].modules())):
         return ops.carry_folded, (target, given[0]), {}
+    if has_several_outputs(node):
+        target = ops.FirstOutput(target)
     rest = tuple(a for i, a in enumerate(args) if i not in positions)
     kwargs = dict(kwargs)
+    if name_of(node) in NORMS_OF_BATCHES and node.op == "call_function":
+        statistics = statistics_of(node)
+        if statistics[1] is not False:
+            kwargs["statistics"] = tuple(_argument(value, node, args, kwargs) for value in statistics)
+            return ops.CarriedFunction(target, ops.carry_statistics), (given[0], *rest), kwargs
     carry: Any = ops.carry_random if kinds.of(node) is Kind.RANDOM else ops.carry
     if _in_place(node, kinds) and (positions != [0] or not _sole_reader(node, given[0])):
         found = None if node.op == "call_module" else _out_of_place(target, kwargs)
@@ -53,6 +63,14 @@ def carried_call(
     return carry, (target, first, *rest), kwargs
 
 
+def _argument(value: Any, node: fx.Node, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Return what the new graph has in place of an argument of ``node``."""
+    if not isinstance(value, fx.Node):
+        return value
+    old, new = (*node.args, *node.kwargs.values()), (*args, *(kwargs[key] for key in node.kwargs))
+    return new[old.index(value)]
+
+
 def _keeps_statistics(module: nn.Module) -> bool:
     """Whether a module is a norm that updates statistics: it is to see all streams at once."""
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -63,6 +81,9 @@ def _keeps_statistics(module: nn.Module) -> bool:
 def _in_place(node: fx.Node, kinds: Kinds) -> bool:
     if node.op == "call_module":
         return any(getattr(m, "inplace", False) for m in kinds.modules[str(node.target)].modules())
+    overwrites = overwrites_first(node.target)
+    if overwrites is not None:
+        return overwrites
     name = name_of(node)
     inplace = node.kwargs.get("inplace") or any(a is True for a in node.args)  # True may be F.relu's inplace
     return name.endswith("_") or name in IN_PLACE_OPERATORS or bool(inplace)
@@ -80,6 +101,9 @@ def _out_of_place(target: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, A
     if isinstance(target, str):
         method = target.rstrip("_")
         return (method, kwargs) if method != target and hasattr(Tensor, method) else None
+    if isinstance(target, OPERATORS):
+        found = out_of_place(target)
+        return None if found is None else (found, kwargs)
     name = getattr(target, "__name__", "")
     if name.strip("_") in IN_PLACE_OPERATORS:
         return getattr(operator, name.strip("_")[1:]), kwargs

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram, UnflattenedModule
 
 from .additions import CONNECTIONS_NAME, connection_dict, make_connections
 from .compare import compare
@@ -20,6 +21,7 @@ from .connections import ConnectionLike
 from .convert_blocks import convert_blocks, move_into
 from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .examples import example_inputs
+from .exported import convert_exported, example_of, is_exported, plan_exported, refuse_choices
 from .find import find_residuals
 from .findings import Reason
 from .hints import Hints
@@ -51,7 +53,7 @@ SCOPES = ("graph", "blocks", "auto")
 
 @one_at_a_time
 def convert(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -84,9 +86,10 @@ def convert(
     with ``scope="blocks"`` a model of the class of ``model``.
 
     Args:
-        model: any nn.Module that is not wrapped (DDP, FSDP, torch.compile, torch.jit).
+        model: any nn.Module that is not wrapped (DDP, FSDP, torch.compile, torch.jit), or an ExportedProgram, whose
+            graph is converted as it is, in the mode that it was exported in.
         args, kwargs: example inputs. Without them those that the model carries are tried
-            (``example_input_array``, ``dummy_inputs``, timm's ``default_cfg``), else it is traced
+            (``example_input_array``, ``dummy_inputs``, timm's ``default_cfg``, those of an export), else it is traced
             without values and not verified. Inputs that are None, numbers, strings or dtypes are held as
             constants: a call with another one traces again, once for each. All others may change.
         num_streams: n, by default 4, and 1 for "frac". With one stream of one fraction all residuals
@@ -124,6 +127,7 @@ def convert(
         NothingToConvert: no residual add was found; the message counts the reasons.
         TraceError: the model or the inputs cannot be traced.
         NotEquivalent: verification failed.
+        UnknownDialect: an exported program is written in operators that are not known.
         UnsupportedModel: a wrapped or already converted model, or an option that it does not fit.
         PatternError: a pattern matches nothing.
         ValueError: an option is out of range.
@@ -149,9 +153,16 @@ def convert(
         shortcuts=shortcuts,
         min_residuals=min_residuals,
     )
+    if is_exported(model):
+        _check_exported(model, args, kwargs, scope, wrap_functions, leaf_modules, inline_modules)
+        refuse_choices(inplace=inplace, share_calls=share_calls)
+        with torch.inference_mode(False):
+            made = _plan_exported(model, options)
+            return convert_exported(made, example_of(model, tuple(args), kwargs), verify, OPTIMIZER_NOTE)
     if inplace and scope == "graph":
         raise ValueError("inplace=True needs scope='blocks': a graph is a new module")
     refuse_unsupported(model)
+    assert isinstance(model, nn.Module)
     if torch.get_default_device().type == "meta" and any(p.device.type != "meta" for p in model.parameters()):
         raise UnsupportedModel(
             "the default device is meta and the model's is not, so that nothing can be computed: convert outside of "
@@ -336,7 +347,7 @@ def _convert_blocks(model: nn.Module, example: Example | None, expected: Any, wa
 
 @one_at_a_time
 def plan(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -355,11 +366,44 @@ def plan(
     ['self_attn', 'linear1']
     """
     checked = _options(**options)
+    if is_exported(model):
+        _check_exported(model, args, kwargs, scope, wrap_functions, leaf_modules, inline_modules)
+        return _plan_exported(model, checked)
     refuse_unsupported(model)
+    assert isinstance(model, nn.Module)
     with torch.inference_mode(False), generators_seeded(model), uncompiled():
         example, _ = _prepare(model, args, kwargs, scope)
         hints = _hints(wrap_functions, leaf_modules, inline_modules)
         return _plan(full_mode(model, example) or model, example, checked, hints, scope)
+
+
+def _check_exported(
+    program: Any,
+    args: Any,
+    kwargs: Any,
+    scope: str,
+    wrap_functions: Sequence[Any],
+    leaf_modules: Sequence[Any],
+    inline_modules: Sequence[Any],
+) -> None:
+    """Raise what is wrong with the arguments of a conversion of an exported program."""
+    _check_scope(scope)
+    _check_inputs(args, kwargs)
+    if isinstance(program, nn.Module):
+        refuse_unsupported(program)
+    refuse_choices(
+        **{"scope='blocks'": scope == "blocks"},
+        wrap_functions=bool(wrap_functions),
+        leaf_modules=bool(leaf_modules),
+        inline_modules=bool(inline_modules),
+    )
+
+
+def _plan_exported(program: Any, options: Options) -> Plan:
+    made = plan_exported(program, options)
+    if not made.residuals and all(s.reason is not Reason.PLAIN for s in made.skipped):
+        raise NothingToConvert(_nothing(made.graph_module, made))
+    return made
 
 
 def _plan(model: nn.Module, example: Example | None, options: Options, hints: Hints, scope: str) -> Plan:
@@ -416,8 +460,7 @@ def _prepare(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, scope: str
 ) -> tuple[tuple[tuple[Any, ...], dict[str, Any]] | None, Any]:
     """Check the model and return the example inputs, which fit it, and its outputs on them."""
-    if scope not in SCOPES:
-        raise ValueError(f"scope is one of {', '.join(map(repr, SCOPES))}; got {scope!r}")
+    _check_scope(scope)
     if isinstance(args, torch.Tensor):
         args = (args,)
     _check_inputs(args, kwargs)
@@ -432,6 +475,11 @@ def _prepare(
                 "Give inputs with args= and kwargs= that the model runs on."
             ) from error
     return None, None
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in SCOPES:
+        raise ValueError(f"scope is one of {', '.join(map(repr, SCOPES))}; got {scope!r}")
 
 
 def _check_inputs(args: Any, kwargs: Any) -> None:
@@ -476,6 +524,11 @@ def refuse_unsupported(model: Any) -> None:
     """Raise UnsupportedModel for anything that is not a plain, unconverted module."""
     if not isinstance(model, nn.Module):
         raise UnsupportedModel(f"convert takes an nn.Module, got {type(model).__name__}")
+    if isinstance(model, UnflattenedModule):
+        raise UnsupportedModel(
+            "the model is an exported program that was unflattened: convert the exported program itself, which has the "
+            "same names"
+        )
     wrapped = _wrapper(model)
     if wrapped:
         raise UnsupportedModel(

@@ -29,3 +29,7 @@ class UnsupportedModel(HCTransformError):
 
 class PatternError(HCTransformError, ValueError):
     """A pattern in ``include`` or ``exclude`` matches no residual."""
+
+
+class UnknownDialect(UnsupportedModel):
+    """A graph is written in operators that are not known, so that its residuals would not be seen."""

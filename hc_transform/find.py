@@ -7,11 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from .adds import location_of, module_of, named
 from .aliases import is_seen_elsewhere, written_through
 from .ancestry import Ancestry
+from .dialects import is_complete, refuse_unknown, regions_of
 from .findings import Findings, Reason, Residual, Shortcut, Skipped
 from .kinds import Kind, Kinds, is_tensor, name_of, shape_of
 from .spellings import ADDITIONS, SHIFTS, Sum, Term, flattened, sum_of
@@ -29,9 +30,14 @@ def find_residuals(gm: fx.GraphModule) -> Findings:
     subtraction ``x - f(x)``, ``torch.lerp``, ``addcmul``, ``addmm``, a sum over a stack.
 
     Args:
-        gm: any traced graph. Shapes are compared where nodes carry ``meta["tensor_meta"]`` or
-            ``meta["val"]``; module paths and lines come from the metadata of our tracer, else
-            from ``nn_module_stack`` and ``stack_trace``.
+        gm: a graph of ``torch.fx.symbolic_trace``, of ``torch.export`` (``program.module()`` or
+            ``program.graph_module``, decomposed or not) or of Dynamo, as a backend of ``torch.compile`` gets it. Shapes
+            are compared where nodes carry ``meta["tensor_meta"]``, ``meta["val"]`` or ``meta["example_value"]``; module
+            paths and lines come from the metadata of our tracer, else from ``nn_module_stack`` and ``stack_trace``.
+
+    Raises:
+        UnknownDialect: the graph is of operators that are not known (primitives, quantized ones, another tool's), so
+            that its residuals would not be seen.
 
     >>> import torch
     >>> class Block(torch.nn.Module):
@@ -43,12 +49,30 @@ def find_residuals(gm: fx.GraphModule) -> Findings:
     >>> [r.add.name for r in find_residuals(fx.symbolic_trace(Block())).residuals]
     ['add']
     """
-    return _Finder(gm).run()
+    findings = _Finder(gm).run()
+    findings = replace(findings, skipped=(*findings.skipped, *_in_regions(gm, dict(gm.named_modules()))))
+    if is_complete(gm):
+        refuse_unknown(gm, bool(findings.residuals or findings.skipped))
+    return findings
+
+
+def _in_regions(gm: fx.GraphModule, modules: Mapping[str, nn.Module]) -> list[Skipped]:
+    """Return a verdict for each add in a graph that ``gm`` calls whole, as one that runs under autocast.
+
+    ``modules`` are those of the model, by which the residuals are named.
+    """
+    rows = []
+    for node, region in regions_of(gm):
+        found = _Finder(region, modules).run()
+        inside = [Skipped(r.name, r.module, r.location, Reason.OPAQUE, name_of(node)) for r in found.residuals]
+        rows += [*inside, *found.skipped, *_in_regions(region, modules)]
+    return rows
 
 
 class _Finder:
-    def __init__(self, gm: fx.GraphModule) -> None:
+    def __init__(self, gm: fx.GraphModule, named_after: Mapping[str, nn.Module] | None = None) -> None:
         self.kinds = Kinds(gm)
+        self.named_after = self.kinds.modules if named_after is None else named_after
         self.nodes = list(gm.graph.nodes)
         self.all = Ancestry(self.nodes, self.kinds, frozenset({Kind.SHAPE}))
         self.live = Ancestry(self.nodes, self.kinds, frozenset({Kind.SHAPE, Kind.CUT}))
@@ -82,7 +106,7 @@ class _Finder:
                 skipped[add] = _skip(add, Reason.OTHER_STREAM)
         shortcuts = [self._shortcut(add, s) for add, s in skipped.items() if s.reason is Reason.PROJECTION]
         return Findings(
-            tuple(named(kept, self.kinds.modules)),
+            tuple(named(kept, self.named_after)),
             tuple(skipped.values()),
             tuple(s for s in shortcuts if s is not None),
         )
@@ -158,7 +182,12 @@ class _Finder:
 
     def _in_others_memory(self, add: fx.Node, total: Sum) -> bool:
         """Whether something else that is used reads what the sum, or an operation of it, overwrites."""
-        return is_seen_elsewhere(add) or self._any_overwritten(total)
+        return self._writes_elsewhere(add, total) or self._any_overwritten(total)
+
+    def _writes_elsewhere(self, add: fx.Node, total: Sum) -> bool:
+        """Whether the sum, or a term of it, is in memory that is written into and read under another name."""
+        terms = (node for term in total.terms for node in term.nodes)
+        return is_seen_elsewhere(add) or not self.kinds.shared.isdisjoint((add, *terms))
 
     def _any_overwritten(self, total: Sum) -> bool:
         return len(total.terms) == 2 and any(
@@ -180,7 +209,7 @@ class _Finder:
     def _verdict(self, add: fx.Node, total: Sum) -> Skipped:
         if self._any_overwritten(total):
             return _skip(add, Reason.OVERWRITTEN)
-        if is_seen_elsewhere(add):
+        if self._writes_elsewhere(add, total):
             return _skip(add, Reason.SHARED_MEMORY)
         for skip, branch in _splits(total):
             base = self._base(skip.factors[0], branch, self.live)

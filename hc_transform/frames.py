@@ -36,6 +36,11 @@ INTERNAL_FILES = (
 )
 
 
+# Further ones in stack traces of graphs: the tools that made them.
+TORCH = tuple(
+    os.path.join(os.path.dirname(torch.__file__), part, "") for part in ("_dynamo", "_export", "export", "_functorch")
+)
+
 DEEPEST = 6  # lines of helper functions within helper functions
 _MODULE = os.path.join(os.path.dirname(torch.__file__), "nn", "modules", "module.py")
 

@@ -10,9 +10,20 @@ import torch
 from torch import fx, nn
 
 from .aliases import version_of
+from .dialects import (
+    first_alone,
+    has_several_outputs,
+    is_lifted,
+    operator_name,
+    size_of,
+    takes_first,
+    type_of,
+    value_of,
+)
 from .guards import CHECKS
 from .proxy import set_item
 from .reads import is_shape_read
+from .shared_memory import seen_elsewhere
 from .state import state_restored
 from .structure import clone_structure, has_hooks
 
@@ -93,11 +104,14 @@ class Kinds:
         self.modules = dict(graph_module.named_modules(remove_duplicate=False))
         self._of_module: dict[int, Kind] = {}
         self._constant: dict[fx.Node, bool] = {}
+        self.shared = seen_elsewhere(graph_module)
 
     def of(self, node: fx.Node) -> Kind:
         """Return the kind of ``node``; what is not known mixes."""
         if node.target in CHECKS or is_shape_read(node):
             return Kind.SHAPE
+        if node in self.shared:
+            return Kind.MIX
         if node.op == "call_module":
             return self.of_module(self.modules[str(node.target)])
         if node.op in ("call_function", "call_method"):
@@ -105,8 +119,10 @@ class Kinds:
         return Kind.IDENTITY if node.op == "output" else Kind.MIX
 
     def _of_name(self, node: fx.Node, name: str) -> Kind:
-        if not has_known_home(node):
+        if not has_known_home(node) or has_several_outputs(node) and not first_alone(node):
             return Kind.MIX
+        if takes_first(node):
+            return Kind.IDENTITY
         if name in PRODUCTS | QUOTIENTS:
             scaled = self.scaled_by_constant(node, name)
             return Kind.SCALE if scaled else Kind.POINTWISE
@@ -148,7 +164,7 @@ class Kinds:
 
     def _constant_by(self, node: fx.Node) -> bool | None:
         """Return :meth:`is_constant` as its operands decide it, None where they are yet to be asked."""
-        if node.op == "get_attr" or is_shape_read(node):
+        if node.op == "get_attr" or is_lifted(node) or is_shape_read(node):
             return True
         cheap = node.op in ("call_function", "call_method") and name_of(node) in MOVES | POINTWISES | IDENTITIES
         if not cheap or not has_known_home(node):
@@ -196,6 +212,7 @@ class Kinds:
         if counts or any(isinstance(v, fx.Proxy) for m in copy.modules() for v in m._buffers.values()):
             return Kind.MIX  # it keeps a state, which would change once a stream
         kinds = Kinds(inner)
+        kinds.shared = frozenset()  # what its input shares memory with is seen where it is called
         nodes = [n for n in inner.graph.nodes if n.op not in ("placeholder", "get_attr", "output")]
         found = [kinds.of(n) for n in nodes]
         if Kind.RANDOM in found:  # the mask is what the module makes of ones
@@ -257,10 +274,10 @@ def _wide(parameter: torch.Tensor) -> bool:
 def name_of(node: fx.Node) -> str:
     """Return the bare name of a function or method: "add" for ``+``, ``torch.add``, ``.add``, ``aten.add.Tensor``."""
     target: Any = node.target
+    name = operator_name(target)
     if isinstance(target, str):
         name = target.rpartition(".")[2]
-    else:
-        target = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
+    elif name is None:
         name = str(getattr(target, "__name__", target))
     return name.strip("_") if name.startswith("__") else name
 
@@ -295,14 +312,14 @@ def is_tensor(node: Any) -> bool:
     """Whether ``node`` is a graph node that stands for a tensor, as far as is known."""
     if not isinstance(node, fx.Node):
         return False
-    known = node.meta.get("hc_type")
+    known = type_of(node)
     return issubclass(known, torch.Tensor) if known is not None else not is_shape_read(node)
 
 
 def shape_of(node: fx.Node) -> torch.Size | None:
     """Return the shape of ``node`` on the example inputs, None where it is not known."""
     meta = node.meta.get("tensor_meta")
-    if meta is not None and hasattr(meta, "shape"):
+    if "val" not in node.meta and meta is not None and hasattr(meta, "shape"):
         return meta.shape
-    value = node.meta.get("val")
-    return value.shape if isinstance(value, torch.Tensor) else None
+    value = value_of(node)
+    return size_of(value) if isinstance(value, torch.Tensor) else None

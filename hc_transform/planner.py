@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
+from .adds import location_of
 from .errors import PatternError, UnsupportedModel
 from .findings import Findings, Reason, Residual, Skipped
 from .keys import with_keys
@@ -148,7 +149,7 @@ def refuse_nonlinear(trunks: Iterable[Trunk], kinds: Kinds, options: Options) ->
             raise UnsupportedModel(
                 f"init='mirrored' keeps only the mean of the streams, and trunk {trunk.index} (from "
                 f"{trunk.residuals[0].name}) carries a nonlinear operation: {node.name} at "
-                f"{node.meta.get('hc_location', 'unknown location')}. Use init='paper', which holds across it."
+                f"{location_of(node)}. Use init='paper', which holds across it."
             )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from .dialects import SYMBOLS, reads_symbols, type_of
 from .inputs import is_constant
 from .proxy import ValueProxy
 
@@ -26,15 +27,15 @@ def is_shape_read(node: fx.Node) -> bool:
         return False
     if node.target is getattr:
         return node.args[1] in SHAPE_ATTRIBUTES
+    if reads_symbols(node):
+        return True
     module = getattr(node.target, "__module__", None)
     return module in (operator.add.__module__, "math") and _all_inputs_plain(node)
 
 
 def _all_inputs_plain(node: fx.Node) -> bool:
-    return all(
-        issubclass(n.meta.get("hc_type", torch.Tensor), (bool, int, float, str, torch.Size, torch.dtype, torch.device))
-        for n in node.all_input_nodes
-    )
+    plain = (bool, int, float, str, torch.Size, torch.dtype, torch.device, *SYMBOLS)
+    return all(issubclass(type_of(n) or torch.Tensor, plain) for n in node.all_input_nodes)
 
 
 def is_arithmetic_on_sizes(target: Any, args: Any) -> bool:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from .additions import expand_key, readout_key
+from .carrying import NORMS_OF_BATCHES
+from .dialects import has_several_outputs, statistics_of, takes_first
 from .findings import Residual
-from .kinds import Kind, Kinds, is_shape_read
+from .kinds import Kind, Kinds, is_shape_read, name_of
 from .planner import Plan
 from .streams import FractionCoefficients
 from .trunks import Trunk, readers_of
@@ -178,11 +180,19 @@ class ReferenceInterpreter(NamedInputs):
         return values[residual.add]
 
     def _carry(self, node: fx.Node, streams: Mapping[fx.Node, Tensor]) -> Tensor:
+        if takes_first(node):
+            (only,) = streams.values()
+            return only
         if node.op == "call_module":
             module = self.submodules[str(node.target)]
             if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
                 (only,) = streams.values()
                 return module(only.flatten(0, 1)).unflatten(0, only.shape[:2])
+        if name_of(node) in NORMS_OF_BATCHES and node.op == "call_function" and statistics_of(node)[1] is not False:
+            ((operand, only),) = streams.items()
+            values = {**self.env, operand: only.flatten(0, 1)}
+            args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+            return self._first(node, args, kwargs).unflatten(0, only.shape[:2])
         results, state = [], torch.get_rng_state()
         for each in zip(*streams.values(), strict=True):
             if self.kinds.of(node) is Kind.RANDOM:
@@ -190,8 +200,13 @@ class ReferenceInterpreter(NamedInputs):
             values = {**self.env, **dict(zip(streams, each, strict=True))}
             copies = {n: _cloned(values[n]) for n in node.all_input_nodes}
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), copies.__getitem__)
-            results.append(getattr(self, node.op)(node.target, args, kwargs))
+            results.append(self._first(node, args, kwargs))
         return torch.stack(results)
+
+    def _first(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        """Return what an operation gives, of several outputs the first."""
+        made = getattr(self, node.op)(node.target, args, kwargs)
+        return made[0] if has_several_outputs(node) else made
 
 
 def _cloned(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import operator
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,9 +21,11 @@ from .additions import (
     make_connections,
     readout_key,
 )
+from .adds import location_of
 from .aliases import lost_writes
 from .carrying import carried_call
 from .connections import Connection
+from .dialects import takes_first
 from .errors import UnsupportedModel
 from .findings import Residual
 from .guards import CHECKS
@@ -34,12 +37,26 @@ from .trunks import Trunk, readers_of, way_between
 
 log = logging.getLogger("hc_transform")
 
+TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
 
 def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connection] | None = None) -> fx.GraphModule:
     """Return a new GraphModule with the residuals of ``plan`` rewritten into hyper-connections.
 
     Args:
-        gm: the graph that the plan was made from; it is not changed. Parameters are shared.
+        gm: the graph that the plan was made from; it is not changed. Parameters are shared. The result takes the same
+            inputs and gives its output in the same structure.
         plan: see :func:`hc_transform.make_plan`.
         connections: the connection of each residual name; by default new ones.
 
@@ -51,9 +68,20 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connect
     root._modules = dict(gm._modules)
     root.add_module(CONNECTIONS_NAME, connection_dict(connections, plan))
     result = fx.GraphModule(root, graph, type(gm).__name__)
+    _take_over(result, gm)
     result.__dict__["_modules"] = root._modules
     result.graph.lint()
     return result
+
+
+def _take_over(result: fx.GraphModule, gm: fx.GraphModule) -> None:
+    """Give ``result`` all else that ``gm`` holds: tensors that no node reads, hooks, an exported program's checks."""
+    for name, value in gm.__dict__.items():
+        if name not in result.__dict__:
+            own = isinstance(value, types.MethodType) and value.__self__ is gm
+            result.__dict__[name] = types.MethodType(value.__func__, result) if own else value
+        elif name in TENSORS or name in HOOKS or name in ("meta", "training", "shape_env"):
+            result.__dict__[name] = copy.copy(value)
 
 
 def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
@@ -63,6 +91,7 @@ def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
     result: Any = graph.graph_copy(gm.graph, copies)
     output = gm.graph.output_node()
     graph.output(result).meta.update(output.meta)
+    graph.set_codegen(copy.deepcopy(gm.graph._codegen))  # how inputs are taken apart and the output is put together
     kinds = Kinds(gm)
     outer_reads: dict[fx.Node, list[tuple[Residual, fx.Node]]] = {}  # by skip
     gone = {node for trunk in plan.trunks for node in _done_on_streams(trunk)}
@@ -270,6 +299,8 @@ class _TrunkRewriter:
 
     def _carry(self, node: fx.Node, operands: tuple[fx.Node, ...], before: fx.Node) -> fx.Node:
         """Apply the operation ``node`` to every stream of ``operands``, at the place ``before``."""
+        if takes_first(node):
+            return self.streams[operands[0]]
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: self.copies[n])
         streams = {operand: self.streams[operand] for operand in operands}
         with self.graph.inserting_before(before):
@@ -308,7 +339,7 @@ class _TrunkRewriter:
         if shape is not None and last is not None and (len(shape) != len(last) or shape[axis] != dim):
             raise UnsupportedModel(
                 f"readout='learned' weighs features where the last residual has them, and {value.name} "
-                f"({value.meta.get('hc_location', 'unknown location')}), which is read out, has shape {tuple(shape)} "
+                f"({location_of(value)}), which is read out, has shape {tuple(shape)} "
                 f"in place of {tuple(last)}. Use readout='mean'."
             )
         return self._module(readout_key(self.trunk), (streams,), name, value)

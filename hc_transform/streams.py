@@ -302,7 +302,7 @@ class CarriedFunction:
     def __init__(self, function: Callable[..., Tensor], carry: Callable[..., Streams]) -> None:
         self.function = function
         self.carry = carry
-        self.__name__ = self.__qualname__ = f"{carry.__name__}_{function.__name__}"
+        self.__name__ = self.__qualname__ = f"{carry.__name__}_{plain_name(function)}"
 
     def __call__(self, streams: Sequence[Tensor], *args: Any, **kwargs: Any) -> Streams:
         """Apply the function to every stream."""
@@ -388,6 +388,51 @@ def summed_products(a: Tensor, b: Tensor) -> Tensor:
     return torch.bmm(a, b).sum(0)
 
 
+class FirstOutput:
+    """An operator of several outputs as one that returns the first of them."""
+
+    def __init__(self, operator: Callable[..., Any]) -> None:
+        self.operator = operator
+        self.__name__ = self.__qualname__ = f"first_of_{plain_name(operator)}"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the first output."""
+        first: Tensor = self.operator(*args, **kwargs)[0]
+        return first
+
+
+def plain_name(function: Callable[..., Any]) -> str:
+    """Return a function's name as an identifier: operators of ``torch.ops`` are called "gelu.default".
+
+    >>> plain_name(torch.ops.aten.gelu.default), plain_name(torch.relu)
+    ('gelu', 'relu')
+    """
+    return function.__name__.partition(".")[0]
+
+
+def carry_statistics(
+    op: Callable[..., Tensor],
+    streams: Sequence[Tensor],
+    *args: Any,
+    statistics: tuple[Tensor | None, bool, float],
+    **kwargs: Any,
+) -> Streams:
+    """Apply a batch norm, a function, as :func:`carry_folded` applies a module.
+
+    ``statistics`` are the running variance (None where none is kept), whether those of the batch are used, and the
+    momentum.
+    """
+    running_var, training, momentum = statistics
+    if not training:
+        return carry(op, streams, *args, **kwargs)
+    before = None if running_var is None else running_var.detach().clone()
+    folded = op(torch.cat(tuple(streams)), *args, **kwargs)
+    if running_var is not None and before is not None:
+        samples = folded.numel() // (len(streams) * running_var.numel())
+        _as_of_one_stream(running_var, before, momentum, samples, len(streams))
+    return folded.chunk(len(streams))
+
+
 def carry_folded(op: Callable[[Tensor], Tensor], streams: Sequence[Tensor]) -> Streams:
     """Apply ``op`` once, the streams folded into the batch axis.
 
@@ -402,13 +447,17 @@ def carry_folded(op: Callable[[Tensor], Tensor], streams: Sequence[Tensor]) -> S
     before = [norm.running_var.detach().clone() for norm in norms]
     folded: Tensor = op(torch.cat(tuple(streams)))
     for norm, variance in zip(norms, before, strict=True):
-        samples = folded.numel() // (count * norm.num_features)
-        if samples > 1:
-            rate = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
-            factor = (1 - 1 / (count * samples)) / (1 - 1 / samples)
-            # .data: the backward pass keeps running_var, without needing it, and would mind a change.
-            norm.running_var.data.mul_(factor).add_((1 - rate) * (1 - factor) * variance)
+        rate = norm.momentum if norm.momentum is not None else 1 / norm.num_batches_tracked
+        _as_of_one_stream(norm.running_var, variance, rate, folded.numel() // (count * norm.num_features), count)
     return folded.chunk(count)
+
+
+def _as_of_one_stream(running_var: Tensor, before: Tensor, rate: Any, samples: int, count: int) -> None:
+    """Correct a running variance that was updated with ``count`` streams of ``samples`` values for that of one."""
+    if samples > 1:
+        factor = (1 - 1 / (count * samples)) / (1 - 1 / samples)
+        # .data: the backward pass keeps running_var, without needing it, and would mind a change.
+        running_var.data.mul_(factor).add_((1 - rate) * (1 - factor) * before)
 
 
 def _tracks_variance(module: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from .additions import CONNECTIONS_NAME
 from .compare import Comparison, compare, relative_error, tensor_error, tensors_of
+from .dialects import inputs_of
 from .ends import StreamDropout
 from .errors import DecisionChanged, HCTransformError, NotEquivalent
 from .planner import Plan
@@ -174,7 +175,8 @@ def first_difference(
     """
     if not plan.residuals:
         return None
-    given = bind_inputs(original, args, kwargs)
+    given = inputs_of(plan.graph_module, args, kwargs)
+    given = bind_inputs(original, args, kwargs) if given is None else given
     connections = converted.get_submodule(CONNECTIONS_NAME)
     with separated(connections):
         reference = ReferenceInterpreter(plan, dict(connections.named_children()))

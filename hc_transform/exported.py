@@ -1,0 +1,112 @@
+"""Convert programs of torch.export: their graph is there already, so that nothing is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+from torch.export import ExportedProgram
+from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
+
+from .additions import connection_dict, make_connections
+from .dialects import is_complete
+from .errors import TraceError, UnsupportedModel
+from .find import find_residuals
+from .findings import Reason
+from .options import Options
+from .planner import Plan, make_plan
+from .report import report_of
+from .rewrite import rewrite
+from .trace import describe
+from .verify import run_like
+from .verify import verify as verify_graph
+
+Example = tuple[tuple[Any, ...], dict[str, Any]]
+BAKED = (
+    "The graph is what torch.export or Dynamo made of the model: its mode (training or eval) and its decisions are as "
+    "they were then, and it is not traced again."
+)
+
+
+def is_exported(model: Any) -> bool:
+    """Whether ``model`` is an exported program, or a graph that torch.export or Dynamo made."""
+    return isinstance(model, ExportedProgram) or isinstance(model, fx.GraphModule) and is_complete(model)
+
+
+def refuse_choices(**choices: bool) -> None:
+    """Raise UnsupportedModel for an option that was given and that only a model in Python can have."""
+    for option, given in choices.items():
+        if given:
+            raise UnsupportedModel(
+                f"{option} needs the model's Python code, and an exported program is one graph: leave it out, or "
+                "convert the model before it is exported"
+            )
+
+
+def plan_exported(program: Any, options: Options) -> Plan:
+    """Return the plan of an exported program.
+
+    One that writes into memory of several names is taken in its functional form where more residuals are seen so.
+    """
+    if not isinstance(program, ExportedProgram):
+        return _plan_of(program, options)
+    plan = _plan_of(program.module(), options)
+    if any(s.reason is Reason.SHARED_MEMORY for s in plan.skipped):
+        functional = _plan_of(program.run_decompositions({}).module(), options)
+        return functional if len(functional.residuals) > len(plan.residuals) else plan
+    return plan
+
+
+def _plan_of(gm: fx.GraphModule, options: Options) -> Plan:
+    return make_plan(gm, find_residuals(gm), options)
+
+
+def example_of(program: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Example | None:
+    """Return the inputs that are given, else those that the program carries; None if it carries none."""
+    if args or kwargs:
+        return tuple(args), dict(kwargs or {})
+    carried = program.example_inputs if isinstance(program, ExportedProgram) else None
+    return None if carried is None else (tuple(carried[0]), dict(carried[1]))
+
+
+def convert_exported(plan: Plan, example: Example | None, verify: bool, note: str) -> nn.Module:
+    """Return the graph of an exported program with its residuals converted.
+
+    It takes the inputs that the program takes, and returns the same structure.
+
+    Args:
+        plan: of the program's module.
+        example: inputs to compare the outputs on.
+        verify: whether to compare.
+        note: what else the report says.
+
+    Raises:
+        TraceError: the program itself fails on the example inputs.
+        NotEquivalent: verification failed.
+    """
+    original = plan.graph_module
+    connections = make_connections(plan)
+    modules = connection_dict(connections, plan)
+    converted = rewrite(original, plan, connections=connections)
+    notes, error = [BAKED, note], None
+    if example is None:
+        notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
+    elif verify:
+        try:
+            expected = run_like(original, *example)
+        except Exception as failure:
+            raise TraceError(
+                f"the exported program itself fails on the example inputs: {describe(failure)}. Give inputs with args= "
+                "and kwargs= that it was exported for."
+            ) from failure
+        found = verify_graph(original, converted, plan, *example, expected=expected)
+        error = found.error
+        notes.insert(0, found.note)
+    added = {id(p): p.numel() for m in modules.values() for p in m.parameters()}
+    ours = {id(p): p.numel() for m in connections.values() for p in m.parameters()}
+    report = report_of(plan, connections, error, tuple(notes), sum(added.values()) - sum(ours.values()))
+    kept = {**converted.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}), "hc_report": report}
+    converted.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = kept  # which copies have too
+    converted.__dict__["hc_report"] = report
+    return converted
