@@ -43,8 +43,8 @@ class Plan:
 
     @property
     def residuals(self) -> tuple[Residual, ...]:
-        """All residuals that are converted, in order."""
-        return tuple(residual for trunk in self.trunks for residual in trunk.residuals)
+        """All residuals that are converted, in order of execution."""
+        return tuple(sorted((r for trunk in self.trunks for r in trunk.residuals), key=lambda r: r.add))
 
     @property
     def report(self) -> Report:

@@ -107,23 +107,12 @@ def report_of(
 ) -> Report:
     """Return the report of a plan, with the connections that were made for it."""
     records = []
-    for trunk in plan.trunks:
-        for r in trunk.residuals:
-            count = None if connections is None else sum(p.numel() for p in connections[r.name].parameters())
-            options = plan.options
-            records.append(
-                Record(
-                    r.name,
-                    r.module,
-                    r.location,
-                    True,
-                    None,
-                    trunk.index,
-                    options.num_streams,
-                    connection_name(options.connection),
-                    count,
-                )
-            )
+    trunk_of = {r.add: trunk.index for trunk in plan.trunks for r in trunk.residuals}
+    streams, connection = plan.options.num_streams, connection_name(plan.options.connection)
+    for r in plan.residuals:
+        count = None if connections is None else sum(p.numel() for p in connections[r.name].parameters())
+        trunk = trunk_of[r.add]
+        records.append(Record(r.name, r.module, r.location, True, None, trunk, streams, connection, count))
     for s in plan.skipped:
         records.append(Record(s.name, s.module, s.location, False, str(s)))
     return Report(tuple(records), max_error, (*_boundaries(plan), *notes), other_parameters)
