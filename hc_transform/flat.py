@@ -9,7 +9,7 @@ from torch import fx
 
 from .aliases import WRITES
 
-KEPT_META = ("hc_module", "hc_location", "hc_on_values", WRITES, "stack_trace")
+KEPT_META = ("hc_module", "hc_location", "hc_on_values", "hc_streams", WRITES, "stack_trace")
 
 
 class NodeRef(NamedTuple):

@@ -24,6 +24,7 @@ from .planner import with_keys_of
 from .python_state import is_plain
 from .regions import in_regions
 from .report import Report
+from .retrace import Retraced, foreign_tracer
 from .rewrite import rewritten_graph
 from .state import is_state, state_restored
 from .structure import keep_plain_tensors
@@ -130,7 +131,8 @@ class HyperConnectedModule(fx.GraphModule):
                 if variant is None:
                     raise result
                 return result
-            return self._run(args, kwargs)
+            tracer = foreign_tracer(args, kwargs)
+            return self._run(args, kwargs) if tracer is None else Retraced(self, tracer).call(args, kwargs)
 
         own: Any = forward
         own.__code__ = own.__code__.replace()  # torch.compile counts recompilations by code object
@@ -247,7 +249,7 @@ class HyperConnectedModule(fx.GraphModule):
                 original._modules[CONNECTIONS_NAME] = connections
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HyperConnectedModule:
-        new = type(self).__new__(type(self))
+        new: HyperConnectedModule = object.__new__(type(self))  # of one class, as copies of other modules are
         memo[id(self)] = new
         state = {name: value for name, value in self.__dict__.items() if name not in NEVER_PICKLED}
         return _restored(new, copy.deepcopy(state, memo), copy.deepcopy(self._graph, memo))

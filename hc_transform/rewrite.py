@@ -37,6 +37,8 @@ from .trunks import Trunk, readers_of, way_between
 
 log = logging.getLogger("hc_transform")
 
+STREAMS = "hc_streams"  # in the meta of a node that gives the streams of a trunk value: how they are read out
+
 TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 HOOKS = (
     "_forward_pre_hooks",
@@ -276,6 +278,7 @@ class _TrunkRewriter:
             first = (True,) if residual.branch_first else ()
             written = self._new(function, (streams, branch, self._coefficients, *first), f"{key}_write", residual.add)
             written.meta["hc_residual"] = residual.name
+            written.meta[STREAMS] = self.mode
             if self.options.stream_dropout:
                 written = self._module(DROPOUT_KEY, (written,), f"{key}_dropout", residual.add)
         self.streams[residual.add] = written
@@ -310,6 +313,7 @@ class _TrunkRewriter:
             target, arguments, kwargs = carried_call(node, self.kinds, target, streams, args, kwargs)
             made = self._new(target, arguments, f"{node.name}_streams", node)
             made.kwargs = kwargs
+            made.meta[STREAMS] = self.mode
         return made
 
     def _serve_other_users(self, value: fx.Node, gone: set[fx.Node]) -> None:
