@@ -8,7 +8,7 @@ changes it, the trunk is cut: read out before, expanded after.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import fx, nn
@@ -94,6 +94,7 @@ def plan_blocks(
     *,
     share_calls: bool = False,
     apart: str = "",
+    refused: Collection[str] = (),
 ) -> BlocksPlan:
     """Return how the residuals of a tape's plan are spread over blocks.
 
@@ -103,10 +104,14 @@ def plan_blocks(
         found: all residuals of the tape, in order.
         share_calls: one connection for all calls of a module.
         apart: why no streams go from one block to another; "" if they do.
+        refused: paths of modules that cannot become blocks.
     """
     stacks = {r.add: holders[r.add] for r in plan.residuals}
     needed = {stack[-1].path for stack in stacks.values()}
-    homes = {add: next(c for c in stack if c.path in needed) for add, stack in stacks.items()}  # the outermost
+    homes = _homes(stacks, needed)
+    if not apart:
+        needed |= _around_parts(plan.trunks, stacks, homes).difference(refused)
+        homes = _homes(stacks, needed)
     whole = [
         replace(t, residuals=tuple(replace(r, region=inside(r, homes[r.add])) for r in t.residuals))
         for t in plan.trunks
@@ -122,6 +127,34 @@ def plan_blocks(
     )
     blocks, notes = _blocks(plan, homes, found, share_calls)
     return BlocksPlan(plan, blocks, tuple(cuts), tuple(notes))
+
+
+def _homes(stacks: Mapping[fx.Node, tuple[Call, ...]], needed: Collection[str]) -> dict[fx.Node, Call]:
+    """Return the call of the block that converts each residual: the outermost of those that are needed."""
+    return {add: next(c for c in stack if c.path in needed) for add, stack in stacks.items()}
+
+
+def _around_parts(
+    trunks: Iterable[Trunk], stacks: Mapping[fx.Node, tuple[Call, ...]], homes: Mapping[fx.Node, Call]
+) -> set[str]:
+    """Return the modules around parts of a trunk whose own code does something to its streams, as a group of blocks.
+
+    A module around all of it, such as an encoder, stays Python: the blocks in it are what engines wrap.
+    """
+    found = set()
+    for trunk in trunks:
+        adds = {r.add for r in trunk.residuals}
+        for residual in trunk.residuals:
+            way = way_between(residual.skip, trunk.carried, adds)
+            inside = {homes[add] for add in adds.intersection(way.keys() | {residual.skip, residual.add})}
+            inside |= {homes[n] for operands in way.values() for n in operands if n in adds}
+            for node in way:
+                calls = node.meta.get("hc_calls", ())
+                if calls and calls[-1].path and not inside.intersection(calls):
+                    held = [add for add in adds if calls[-1] in stacks[add]]
+                    if 0 < len(held) < len(adds):
+                        found.add(calls[-1].path)
+    return found
 
 
 def container(nodes: Iterable[fx.Node]) -> tuple[Call, ...]:

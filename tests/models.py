@@ -297,3 +297,42 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         return self.head(self.blocks(self.stem(x)).mean((-2, -1)))
+
+
+class DenseBlock(nn.Module):
+    """Convolutions that each see all before them, added with a weight (the inner block of ESRGAN, arXiv 1809.00219)."""
+
+    def __init__(self, dim=4, growth=2, layers=3):
+        super().__init__()
+        widths = [growth] * (layers - 1) + [dim]
+        self.layers = nn.ModuleList(nn.Conv2d(dim + i * growth, w, 3, padding=1) for i, w in enumerate(widths))
+
+    def forward(self, x):
+        seen = [x]
+        for layer in self.layers:
+            seen.append(F.leaky_relu(layer(torch.cat(seen, 1)), 0.2))
+        return x + 0.2 * seen[-1]
+
+
+class RRDB(nn.Module):
+    """Residual in residual: three dense blocks, added with a weight."""
+
+    def __init__(self, dim=4):
+        super().__init__()
+        self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(dim) for _ in range(3))
+
+    def forward(self, x):
+        return self.rdb3(self.rdb2(self.rdb1(x))) * 0.2 + x
+
+
+class ESRGAN(nn.Module):
+    """A trunk of RRDBs within one add of its own."""
+
+    def __init__(self, dim=4, depth=3):
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, dim, 3, padding=1), nn.Conv2d(dim, 3, 3, padding=1)
+        self.body, self.conv = nn.Sequential(*(RRDB(dim) for _ in range(depth))), nn.Conv2d(dim, dim, 3, padding=1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x + self.conv(self.body(x)))

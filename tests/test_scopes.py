@@ -9,7 +9,7 @@ import pytest
 import torch
 from checks import doubled, error, seeded
 from fuzz_checks import in_order, trunks_of
-from models import EDSR, GPT, LucidrainsTransformer, ResNet, SharedBlock, Tapped, UNet, ViT
+from models import EDSR, ESRGAN, GPT, LucidrainsTransformer, ResNet, SharedBlock, Tapped, UNet, ViT
 from zoo import counter
 from zoo_cases import CASES
 
@@ -20,6 +20,7 @@ SMALL = {
     "transformer of lucidrains": (LucidrainsTransformer, lambda: (torch.randn(2, 4, 16),)),
     "tapped": (Tapped, lambda: (torch.randn(2, 5, 8),)),
     "EDSR": (EDSR, lambda: (torch.randn(2, 3, 8, 8),)),
+    "ESRGAN": (ESRGAN, lambda: (torch.randn(2, 3, 8, 8),)),
     "UNet": (UNet, lambda: (torch.randn(2, 4, 8, 8),)),
     "ResNet": (ResNet, lambda: (torch.randn(2, 1, 8, 8),)),
     "ViT": (ViT, lambda: (torch.randn(2, 1, 8, 8),)),
@@ -63,6 +64,14 @@ def test_scopes_agree_off_the_start(name):
     torch.manual_seed(0)
     make, inputs = SMALL[name]
     check(make(), inputs())
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_blocks_around_a_part_of_a_trunk_carry_its_streams(scope):
+    hc = hct.convert(ESRGAN(depth=3), (torch.randn(2, 3, 8, 8),), scope=scope)
+    assert [(r.name, r.trunk) for r in hc.hc_report.converted] == [
+        (f"body.{i}.rdb{j}", 0) for i in range(3) for j in (1, 2, 3)
+    ]
 
 
 @pytest.mark.slow
