@@ -185,7 +185,8 @@ class Noise:
         sow(self.seed)
         with torch.set_grad_enabled(self.trains):
             value = model(*(t.clone() for t in self.inputs))
-        if self.trains:
-            loss_of(value).backward()
+        loss = loss_of(value)
+        if self.trains and isinstance(loss, torch.Tensor):
+            loss.backward()
         grads = {n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None}
         return grads, {n: b.double() for n, b in model.named_buffers()}

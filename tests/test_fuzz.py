@@ -23,35 +23,25 @@ from fuzz_checks import Outcome, check
 from fuzz_programs import generate
 from tabulate import tabulate
 
-CHUNK, FEW, MANY = 10, 80, 2000
-# Programs that go wrong in a way that is known, and how; all their other checks hold.
-KNOWN = {
-    35: ("hook, blocks", "a graph that stops at a late decision on values has called the hooks of its modules by then"),
-    66: ("inputs overwritten alike", "a converted model does not overwrite the caller's input as the original does"),
-}
+CHUNK, FEW, MANY = 10, 100, 2000
 CONVERTED = 0.85  # of programs in some scope: what is refused is not checked
 
 
 def _chunk(start: int) -> None:
     outcomes = [check(seed) for seed in range(start, start + CHUNK)]
-    wrong = [
-        f"seed {o.seed}: {what}: {message}"
-        for o in outcomes
-        for what, message in o.problems
-        if o.seed not in KNOWN or not what.startswith(KNOWN[o.seed][0])
-    ]
+    wrong = [f"seed {o.seed}: {what}: {message}" for o in outcomes for what, message in o.problems]
     assert not wrong, "\n".join(wrong)
     converted = sum(any(o.converted.values()) for o in outcomes)
     assert converted >= (CONVERTED - 0.15) * CHUNK, [o.refusals for o in outcomes]  # of so few
 
 
 @pytest.mark.parametrize("start", range(0, FEW, CHUNK))
-def test_eighty_programs(start: int) -> None:
+def test_a_hundred_programs(start: int) -> None:
     _chunk(start)
 
 
 @pytest.mark.fuzz
-@pytest.mark.parametrize("start", range(FEW, FEW + MANY, CHUNK))
+@pytest.mark.parametrize("start", range(FEW, MANY, CHUNK))
 def test_two_thousand_programs(start: int) -> None:
     _chunk(start)
 
