@@ -567,8 +567,8 @@ def _say_that_fx_traces(value: bool) -> bool:
     """Set what ``is_fx_symbolic_tracing`` tells; return what it was."""
     home: Any = _symbolic_trace
     if not hasattr(home, "_set_is_fx_tracing"):  # torch 2.13
-        before, home._is_fx_tracing_flag = home._is_fx_tracing_flag, value
-        return bool(before)
+        home._is_fx_tracing_flag = False  # one for all threads, in which compiled functions would refuse to run
+        return False
     before = home._get_is_fx_tracing()
     home._set_is_fx_tracing(value)
     return bool(before)

@@ -201,6 +201,9 @@ class Served(nn.Module):
 
 
 @pytest.mark.usefixtures("_switching_often")
+@pytest.mark.skipif(
+    torch.__version__ < "2.14", reason="torch.fx has one flag for all threads, which compiled code minds"
+)
 @pytest.mark.parametrize("scope", SCOPES)
 def test_models_in_other_threads_run_on_undisturbed(scope):
     stop, failed, calls = threading.Event(), [], [0]
