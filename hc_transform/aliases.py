@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 
 WRITES = "hc_writes"  # in the meta of a node that writes into memory that outlives the graph: the operand, by number
+WRITES_INPUT = "hc_writes_input"  # whether that memory is an input's
 
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset of a tensor in its memory

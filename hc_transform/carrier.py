@@ -38,6 +38,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
+from .aliases import version_of
 from .errors import UnsupportedModel
 from .streams import Streams, expand, readout, transformed
 from .writes import Write, name_of, refusal, write_of
@@ -125,9 +126,9 @@ class TrunkValue(Tensor):
 def settle(value: TrunkValue) -> None:
     """Move the streams by what was written into a readout that was given out, or into a view of it."""
     origin = value.origin and value.origin[0]()
-    if value.origin and origin is not None and origin._version != value.origin[1]:
+    if value.origin and origin is not None and version_of(origin) != value.origin[1]:
         _move(value, readout(value.streams, value.reduction), origin)
-        value.origin = value.origin[0], origin._version
+        value.origin = value.origin[0], version_of(origin)
         value.given = {}
     for recorded, (seen, version) in list(value.given.items()):
         if seen._version != version:
@@ -230,7 +231,7 @@ def _renew_origin(value: TrunkValue) -> None:
     origin = value.origin and value.origin[0]()
     if value.origin and origin is not None:
         origin.copy_(readout(value.streams, value.reduction))
-        value.origin = value.origin[0], origin._version
+        value.origin = value.origin[0], version_of(origin)
 
 
 def _checkpointed(function: Any, *args: Any, **kwargs: Any) -> Any:
@@ -372,7 +373,7 @@ def hand_on(streams: Streams, step: int, mode: str, given: Any = None) -> TrunkV
     if torch.compiler.is_dynamo_compiling():
         value.traced_origin = (given,)
     else:
-        value.origin = weakref.ref(given), given._version
+        value.origin = weakref.ref(given), version_of(given)
     return value
 
 

@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from .aliases import WRITES
+from .aliases import WRITES_INPUT
 
-KEPT_META = ("hc_module", "hc_location", "hc_on_values", "hc_streams", WRITES, "stack_trace")
+KEPT_META = ("hc_module", "hc_location", "hc_on_values", "hc_streams", WRITES_INPUT, "stack_trace")
 
 
 class NodeRef(NamedTuple):

@@ -29,7 +29,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from . import guards
-from .aliases import WRITES, Aliases, memory_of, version_of, written_through
+from .aliases import WRITES, WRITES_INPUT, Aliases, memory_of, version_of, written_through
 from .draws import Draw, draw_of, drawing_functions, host_states, is_number
 from .frames import short_name, user_frame, user_lines
 from .hooks import call_hooks
@@ -113,7 +113,7 @@ class ValueTracer(fx.Tracer):
         self.inlined_within: set[str] = set()
         self._decided: set[Any] = set()
         self._aliases = Aliases()
-        self._lasting: set[int] = set()  # memory of inputs and of what modules hold
+        self._lasting: dict[int, bool] = {}  # memory of inputs, and of what modules hold: whether it is an input's
         self._objects: dict[int, tuple[Any, fx.Node]] = {}
         self._context = _context_state()
         self._thread = threading.get_ident()
@@ -368,7 +368,9 @@ class ValueTracer(fx.Tracer):
         self._value_of[node] = value
         proxy = ValueProxy(node, self, value)
         if node.op in ("placeholder", "get_attr"):
-            self._lasting.update(memory_of(t) for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor))
+            for tensor in pytree.tree_leaves(value):
+                if isinstance(tensor, torch.Tensor):
+                    self._lasting.setdefault(memory_of(tensor), node.op == "placeholder")
         if isinstance(value, torch.Tensor):
             with self._untraced():
                 self._aliases.add(proxy)
@@ -384,6 +386,7 @@ class ValueTracer(fx.Tracer):
                 value = self._value_of.get(operand)
                 if isinstance(value, torch.Tensor) and memory_of(value) == memory:
                     node.meta[WRITES] = place
+                    node.meta[WRITES_INPUT] = self._lasting[memory]
                     return
 
     def _rebind(self, tensor: torch.Tensor, node: fx.Node, returned: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .aliases import WRITES
+from .aliases import WRITES_INPUT
 from .errors import DecisionChanged
 from .flat import flatten_graph, unflatten_graph
 from .graph_code import shared_function_of
@@ -171,7 +171,7 @@ def needs_of(graph: fx.Graph) -> Needs:
             touched += before_check
             before_check = []
             continue
-        wrote = wrote or WRITES in node.meta
+        wrote = wrote or node.meta.get(WRITES_INPUT, False)
         if node.op == "call_module":
             before_check.append(str(node.target))
             working = True

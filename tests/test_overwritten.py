@@ -118,6 +118,42 @@ def test_a_caller_sees_what_blocks_left_of_its_value(kinds: tuple, scope: str) -
             torch.testing.assert_close(tuple(map(torch.as_tensor, hc(x))), model(x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_inference_mode_overwrites_too(scope: str) -> None:
+    torch.manual_seed(0)
+    model, x = Model(adds, adds, adds_then_goes_on), torch.randn(2, 3, 8)
+    hc = hct.convert(copy.deepcopy(model), (x,), scope=scope)
+    with torch.inference_mode():
+        torch.testing.assert_close(tuple(map(torch.as_tensor, hc(x))), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_graph_that_turns_out_not_to_fit_leaves_the_input_alone(scope: str) -> None:
+    class Draws(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f, self.g = (nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8)) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x[:, 0] += 1.0
+            x = x + self.f(x)
+            if self.training and torch.rand(()).item() < 0.5:
+                x = x * 2.0
+            return x + self.g(x)
+
+    torch.manual_seed(0)
+    model, x = Draws(), torch.randn(2, 3, 8)
+    hc = hct.convert(copy.deepcopy(model), (x,), scope=scope)
+    for seed in range(6):
+        ours, theirs = x.clone(), x.clone()
+        with torch.no_grad():
+            torch.manual_seed(seed)
+            actual = hc(ours)
+            torch.manual_seed(seed)
+            torch.testing.assert_close(actual, model(theirs), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("kinds", [(adds, adds), (adds, adds_then_goes_on), (scales_after, adds)])
 def test_scopes_agree_off_the_start(kinds: tuple) -> None:
     torch.manual_seed(0)
