@@ -80,11 +80,12 @@ class ReferenceInterpreter(NamedInputs):
         """Return the node's value; for a trunk value the readout of its streams."""
         if n in self.by_add:
             self.streams[n] = self._write(self.by_add[n])
+            like = self._sum(self.by_add[n], {})
         elif n in self.carried:
-            self.streams[n] = self._carry(n, {source: self._streams_at(source) for source in self.carried[n]})
+            self.streams[n], like = self._carry(n, {source: self._streams_at(source) for source in self.carried[n]})
         else:
             return super().run_node(n)
-        return self._readout(self.streams[n], self.trunk_of[n])
+        return _laid_out(self._readout(self.streams[n], self.trunk_of[n]), like)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         """Return a node's arguments; where a branch begins, the read in place of the skip."""
@@ -151,7 +152,8 @@ class ReferenceInterpreter(NamedInputs):
         h_pre, _, _, axis = self._coefficients_of(residual)
         rows = _to_rows(self._streams_at(residual.skip), self.fractions, axis)
         parts = torch.stack([(_broadcast(weights, rows) * rows).sum(0) for weights in h_pre])
-        return _from_rows(parts, self.fractions, axis)[0].to(rows.dtype)
+        read = _from_rows(parts, self.fractions, axis)[0].to(rows.dtype)
+        return _laid_out(read, self.env[residual.skip])
 
     def _write(self, residual: Residual) -> Tensor:
         _, h_post, h_res, axis = self._coefficients_of(residual)
@@ -177,21 +179,29 @@ class ReferenceInterpreter(NamedInputs):
             values[node] = getattr(self, node.op)(node.target, args, kwargs)
         return values[residual.add]
 
-    def _carry(self, node: fx.Node, streams: Mapping[fx.Node, Tensor]) -> Tensor:
+    def _carry(self, node: fx.Node, streams: Mapping[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the streams that an operation gives, and one of them laid out as it gave it."""
         if node.op == "call_module":
             module = self.submodules[str(node.target)]
             if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-                (only,) = streams.values()
-                return module(only.flatten(0, 1)).unflatten(0, only.shape[:2])
+                ((source, only),) = streams.items()
+                return module(only.flatten(0, 1)).unflatten(0, only.shape[:2]), self.env[source]
         results, state = [], torch.get_rng_state()
         for each in zip(*streams.values(), strict=True):
             if self.kinds.of(node) is Kind.RANDOM:
                 torch.set_rng_state(state)
-            values = {**self.env, **dict(zip(streams, each, strict=True))}
+            given = {source: _laid_out(one, self.env[source]) for source, one in zip(streams, each, strict=True)}
+            values = {**self.env, **given}
             copies = {n: _cloned(values[n]) for n in node.all_input_nodes}
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), copies.__getitem__)
             results.append(getattr(self, node.op)(node.target, args, kwargs))
-        return torch.stack(results)
+        return torch.stack(results), results[0]
+
+
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """Return ``value`` in memory as ``like`` is: dropout draws in the order of memory."""
+    same = value.shape != like.shape or value.stride() == like.stride()
+    return value if same else torch.empty_like(like, dtype=value.dtype).copy_(value)
 
 
 def _cloned(value: Any) -> Any:
