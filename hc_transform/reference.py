@@ -6,7 +6,7 @@ tensor beside it, and applies the equations of hyper-connections with tensor con
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,9 +21,13 @@ from .trunks import Trunk, readers_of
 
 
 class NamedInputs(fx.Interpreter):
-    """An interpreter that takes inputs by the names of parameters too, ``*args`` and ``**kwargs`` whole."""
+    """An interpreter that takes inputs by the names of parameters too, ``*args`` and ``**kwargs`` whole.
+
+    With ``wide`` it computes in double precision what the graph says is to be fp32.
+    """
 
     given: Mapping[str, Any] | None = None
+    wide = False
 
     def run_on(self, **given: Any) -> Any:
         """Run the graph on inputs by name."""
@@ -41,15 +45,34 @@ class NamedInputs(fx.Interpreter):
             return {} if target.startswith("**") else ()
         return args[0]
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Return a node's arguments."""
+        found = super().fetch_args_kwargs_from_env(n)
+        return fx.node.map_aggregate(found, _widened) if self.wide else found
+
 
 class ReferenceInterpreter(NamedInputs):
     """Run a plan on the graph it was made from.
 
     After :meth:`run_on`, ``written`` holds the streams after each residual by its name, ``[n, ...]``.
+
+    Args:
+        plan: what is converted.
+        connections: the modules that conversion adds, by key.
+        module: what the plan's graph runs on, by default the module that it was made from.
+        rounding: what every value that is summed passes through, by default nothing.
     """
 
-    def __init__(self, plan: Plan, connections: Mapping[str, nn.Module]) -> None:
-        super().__init__(plan.graph_module, garbage_collect_values=False)
+    def __init__(
+        self,
+        plan: Plan,
+        connections: Mapping[str, nn.Module],
+        module: nn.Module | None = None,
+        rounding: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        graph = plan.graph_module.graph
+        super().__init__(module or plan.graph_module, garbage_collect_values=False, graph=graph)
+        self.rounded = rounding or (lambda value: value)
         self.num_streams = plan.options.num_streams
         self.fractions = plan.options.num_fractions
         self.readout = plan.options.readout
@@ -82,7 +105,8 @@ class ReferenceInterpreter(NamedInputs):
             self.streams[n] = self._write(self.by_add[n])
             like = self._sum(self.by_add[n], {})
         elif n in self.carried:
-            self.streams[n], like = self._carry(n, {source: self._streams_at(source) for source in self.carried[n]})
+            carried, like = self._carry(n, {source: self._streams_at(source) for source in self.carried[n]})
+            self.streams[n] = self.rounded(carried)
         else:
             return super().run_node(n)
         return _laid_out(self._readout(self.streams[n], self.trunk_of[n]), like)
@@ -109,6 +133,7 @@ class ReferenceInterpreter(NamedInputs):
         return self.streams[value]
 
     def _readout(self, streams: Tensor, trunk: Trunk) -> Tensor:
+        streams = self.rounded(streams)
         if self.readout == "sum":
             return streams.sum(0)
         if self.readout == "mean":
@@ -151,7 +176,7 @@ class ReferenceInterpreter(NamedInputs):
     def _read(self, residual: Residual) -> Tensor:
         h_pre, _, _, axis = self._coefficients_of(residual)
         rows = _to_rows(self._streams_at(residual.skip), self.fractions, axis)
-        parts = torch.stack([(_broadcast(weights, rows) * rows).sum(0) for weights in h_pre])
+        parts = torch.stack([self.rounded(_broadcast(weights, rows) * rows).sum(0) for weights in h_pre])
         read = _from_rows(parts, self.fractions, axis)[0].to(rows.dtype)
         return _laid_out(read, self.env[residual.skip])
 
@@ -163,8 +188,8 @@ class ReferenceInterpreter(NamedInputs):
         skip: Any = residual.scaled_skip.value
         branch = self._sum(residual, {skip: torch.zeros_like(streams[0])})
         parts = _to_rows(branch[None], self.fractions, axis)
-        mixed = torch.stack([(_broadcast(weights, rows) * rows).sum(0) for weights in h_res])
-        given = torch.stack([(_broadcast(weights, parts) * parts).sum(0) for weights in h_post])
+        mixed = torch.stack([self.rounded(_broadcast(weights, rows) * rows).sum(0) for weights in h_res])
+        given = torch.stack([self.rounded(_broadcast(weights, parts) * parts).sum(0) for weights in h_post])
         mixed = _from_rows(mixed, self.fractions, axis)
         kept = torch.stack([self._sum(residual, {**zeros, skip: stream}) for stream in mixed])
         written = kept + _from_rows(given, self.fractions, axis)
@@ -206,6 +231,10 @@ def _laid_out(value: Tensor, like: Tensor) -> Tensor:
 
 def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def _to_rows(streams: Tensor, m: int, axis: int) -> Tensor:
