@@ -2,14 +2,15 @@
 
 Residuals that chain up, with the same residuals around all of them, are a level. A level is converted as a
 whole, or what lies inside of its residuals is: whichever has more residuals, the outer of equals. A chain is
-opened where each of its residuals that holds others holds a stream of its own, of values as large (residual groups
-of residual blocks); its residuals with nothing inside stay with that. Else (norms that add, attention that adds up
-its queries) it would be left with holes for parts of layers.
+opened where each of its residuals that holds others holds a stream of its own: of values as large (residual groups
+of residual blocks), or one that all of the branch runs through (layers with a bottleneck at either end); its
+residuals with nothing inside stay with that. Else (norms that add, attention that adds up its queries) it would be
+left with holes for parts of layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -126,8 +127,7 @@ def _judge(level: _Level, children: Children, passage: Passage) -> None:
     own = frozenset(r.add for r in level.members)
     full = [r for r in level.members if r.add in children]
     within: frozenset[fx.Node] = frozenset().union(*(inner.chosen for inner in level.inside))
-    lengths = {r.add: inner.length for inner in level.inside for r in inner.members}
-    streams = all(_goes_through(r, children, passage) or _holds_a_stream(r, children, lengths) for r in full)
+    streams = all(_goes_through(r, children, passage) or _holds_a_stream(r, children, level.inside) for r in full)
     beside = own - {r.add for r in full} if streams else frozenset()
     more = len(within | beside) > len(own) and (streams or len(own) == 1)
     opened = more or len(own) == 1 and bool(full) and _is_a_tap(full[0], children, passage)
@@ -135,12 +135,33 @@ def _judge(level: _Level, children: Children, passage: Passage) -> None:
     level.length = max([len(beside), *(inner.length for inner in level.inside)]) if opened else len(own)
 
 
-def _holds_a_stream(outer: Residual, children: Children, lengths: Mapping[fx.Node, int]) -> bool:
-    """Whether a chain inside of a residual is a stream of its own, of values as large, and no part of a layer."""
-    size = _size_of(outer)
-    return any(
-        lengths[inner.add] > 1 and (size is None or _size_of(inner) in (size, None)) for inner in children[outer.add]
-    )
+def _holds_a_stream(outer: Residual, children: Children, inside: Sequence[_Level]) -> bool:
+    """Whether a chain inside of a residual is a stream of its own and no part of a layer.
+
+    Its values are as large, or the branch is nothing but what leads to it, itself, and what it leads to.
+    """
+    size, next_inside = _size_of(outer), {r.add for r in children[outer.add]}
+    for inner in inside:
+        chain = [r for r in inner.members if r.add in next_inside] if inner.length > 1 else []
+        if any(size is None or _size_of(r) in (size, None) for r in chain):
+            return True
+        if chain and _runs_through(outer, {r.add for r in chain}):
+            return True
+    return False
+
+
+def _runs_through(outer: Residual, adds: Set[fx.Node]) -> bool:
+    """Whether every way from the skip to the end of the branch passes one of ``adds``."""
+    seen: set[fx.Node] = set()
+    way = [node for term in outer.branch for node in term.nodes]
+    while way:
+        node = way.pop()
+        if node is outer.skip:
+            return False
+        if node not in seen and node not in adds and node in outer.region:
+            way += node.all_input_nodes
+        seen.add(node)
+    return True
 
 
 def _size_of(residual: Residual) -> int | None:

@@ -6,7 +6,7 @@ tensor beside it, and applies the equations of hyper-connections with tensor con
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,9 +23,13 @@ from .trunks import Trunk, readers_of
 
 
 class NamedInputs(fx.Interpreter):
-    """An interpreter that takes inputs by the names of parameters too, ``*args`` and ``**kwargs`` whole."""
+    """An interpreter that takes inputs by the names of parameters too, ``*args`` and ``**kwargs`` whole.
+
+    With ``wide`` it computes in double precision what the graph says is to be fp32.
+    """
 
     given: Mapping[str, Any] | None = None
+    wide = False
 
     def run_on(self, **given: Any) -> Any:
         """Run the graph on inputs by name."""
@@ -43,15 +47,34 @@ class NamedInputs(fx.Interpreter):
             return {} if target.startswith("**") else ()
         return args[0]
 
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        """Return a node's arguments."""
+        found = super().fetch_args_kwargs_from_env(n)
+        return fx.node.map_aggregate(found, _widened) if self.wide else found
+
 
 class ReferenceInterpreter(NamedInputs):
     """Run a plan on the graph it was made from.
 
     After :meth:`run_on`, ``written`` holds the streams after each residual by its name, ``[n, ...]``.
+
+    Args:
+        plan: what is converted.
+        connections: the modules that conversion adds, by key.
+        module: what the plan's graph runs on, by default the module that it was made from.
+        rounding: what every value that is summed passes through, by default nothing.
     """
 
-    def __init__(self, plan: Plan, connections: Mapping[str, nn.Module]) -> None:
-        super().__init__(plan.graph_module, garbage_collect_values=False)
+    def __init__(
+        self,
+        plan: Plan,
+        connections: Mapping[str, nn.Module],
+        module: nn.Module | None = None,
+        rounding: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        graph = plan.graph_module.graph
+        super().__init__(module or plan.graph_module, garbage_collect_values=False, graph=graph)
+        self.rounded = rounding or (lambda value: value)
         self.num_streams = plan.options.num_streams
         self.fractions = plan.options.num_fractions
         self.readout = plan.options.readout
@@ -82,11 +105,13 @@ class ReferenceInterpreter(NamedInputs):
         """Return the node's value; for a trunk value the readout of its streams."""
         if n in self.by_add:
             self.streams[n] = self._write(self.by_add[n])
+            like = self._sum(self.by_add[n], {})
         elif n in self.carried:
-            self.streams[n] = self._carry(n, {source: self._streams_at(source) for source in self.carried[n]})
+            carried, like = self._carry(n, {source: self._streams_at(source) for source in self.carried[n]})
+            self.streams[n] = self.rounded(carried)
         else:
             return super().run_node(n)
-        return self._readout(self.streams[n], self.trunk_of[n])
+        return _laid_out(self._readout(self.streams[n], self.trunk_of[n]), like)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         """Return a node's arguments; where a branch begins, the read in place of the skip."""
@@ -110,6 +135,7 @@ class ReferenceInterpreter(NamedInputs):
         return self.streams[value]
 
     def _readout(self, streams: Tensor, trunk: Trunk) -> Tensor:
+        streams = self.rounded(streams)
         if self.readout == "sum":
             return streams.sum(0)
         if self.readout == "mean":
@@ -152,8 +178,9 @@ class ReferenceInterpreter(NamedInputs):
     def _read(self, residual: Residual) -> Tensor:
         h_pre, _, _, axis = self._coefficients_of(residual)
         rows = _to_rows(self._streams_at(residual.skip), self.fractions, axis)
-        parts = torch.stack([(_broadcast(weights, rows) * rows).sum(0) for weights in h_pre])
-        return _from_rows(parts, self.fractions, axis)[0].to(rows.dtype)
+        parts = torch.stack([self.rounded(_broadcast(weights, rows) * rows).sum(0) for weights in h_pre])
+        read = _from_rows(parts, self.fractions, axis)[0].to(rows.dtype)
+        return _laid_out(read, self.env[residual.skip])
 
     def _write(self, residual: Residual) -> Tensor:
         _, h_post, h_res, axis = self._coefficients_of(residual)
@@ -163,8 +190,8 @@ class ReferenceInterpreter(NamedInputs):
         skip: Any = residual.scaled_skip.value
         branch = self._sum(residual, {skip: torch.zeros_like(streams[0])})
         parts = _to_rows(branch[None], self.fractions, axis)
-        mixed = torch.stack([(_broadcast(weights, rows) * rows).sum(0) for weights in h_res])
-        given = torch.stack([(_broadcast(weights, parts) * parts).sum(0) for weights in h_post])
+        mixed = torch.stack([self.rounded(_broadcast(weights, rows) * rows).sum(0) for weights in h_res])
+        given = torch.stack([self.rounded(_broadcast(weights, parts) * parts).sum(0) for weights in h_post])
         mixed = _from_rows(mixed, self.fractions, axis)
         kept = torch.stack([self._sum(residual, {**zeros, skip: stream}) for stream in mixed])
         written = kept + _from_rows(given, self.fractions, axis)
@@ -179,29 +206,31 @@ class ReferenceInterpreter(NamedInputs):
             values[node] = getattr(self, node.op)(node.target, args, kwargs)
         return values[residual.add]
 
-    def _carry(self, node: fx.Node, streams: Mapping[fx.Node, Tensor]) -> Tensor:
+    def _carry(self, node: fx.Node, streams: Mapping[fx.Node, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return the streams that an operation gives, and one of them laid out as it gave it."""
         if takes_first(node):
-            (only,) = streams.values()
-            return only
+            ((source, only),) = streams.items()
+            return only, self.env[source]
         if node.op == "call_module":
             module = self.submodules[str(node.target)]
             if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in module.modules()):
-                (only,) = streams.values()
-                return module(only.flatten(0, 1)).unflatten(0, only.shape[:2])
+                ((source, only),) = streams.items()
+                return module(only.flatten(0, 1)).unflatten(0, only.shape[:2]), self.env[source]
         if name_of(node) in NORMS_OF_BATCHES and node.op == "call_function" and statistics_of(node)[1] is not False:
-            ((operand, only),) = streams.items()
-            values = {**self.env, operand: only.flatten(0, 1)}
+            ((source, only),) = streams.items()
+            values = {**self.env, source: only.flatten(0, 1)}
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-            return self._first(node, args, kwargs).unflatten(0, only.shape[:2])
+            return self._first(node, args, kwargs).unflatten(0, only.shape[:2]), self.env[source]
         results, state = [], torch.get_rng_state()
         for each in zip(*streams.values(), strict=True):
             if self.kinds.of(node) is Kind.RANDOM:
                 torch.set_rng_state(state)
-            values = {**self.env, **dict(zip(streams, each, strict=True))}
+            given = {source: _laid_out(one, self.env[source]) for source, one in zip(streams, each, strict=True)}
+            values = {**self.env, **given}
             copies = {n: _cloned(values[n]) for n in node.all_input_nodes}
             args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), copies.__getitem__)
             results.append(self._first(node, args, kwargs))
-        return torch.stack(results)
+        return torch.stack(results), results[0]
 
     def _first(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
         """Return what an operation gives, of several outputs the first."""
@@ -209,8 +238,18 @@ class ReferenceInterpreter(NamedInputs):
         return made[0] if has_several_outputs(node) else made
 
 
+def _laid_out(value: Tensor, like: Tensor) -> Tensor:
+    """Return ``value`` in memory as ``like`` is: dropout draws in the order of memory."""
+    same = value.shape != like.shape or value.stride() == like.stride()
+    return value if same else torch.empty_like(like, dtype=value.dtype).copy_(value)
+
+
 def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+def _widened(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
 
 
 def _to_rows(streams: Tensor, m: int, axis: int) -> Tensor:

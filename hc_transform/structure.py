@@ -92,11 +92,38 @@ def clone_structure(model: nn.Module) -> nn.Module:
             for hook in module.__dict__.get(name, {}).values():
                 if id(getattr(hook, "__self__", None)) not in modules:  # a method of a module follows it
                     memo[id(hook)] = hook
-        for value in (*module.__dict__.values(), *module._parameters.values(), *module._buffers.values()):
-            for leaf in pytree.tree_leaves(value):
-                if isinstance(leaf, torch.Tensor):
-                    memo[id(leaf)] = leaf
+        for leaf in _tensors_of(module):
+            memo[id(leaf)] = leaf
     return copy.deepcopy(model, memo)
+
+
+def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Yield the tensors of a module that are no other module's: parameters, buffers, plain attributes."""
+    for value in (*module.__dict__.values(), *module._parameters.values(), *module._buffers.values()):
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, torch.Tensor):
+                yield leaf
+
+
+def doubled_modules(*modules: nn.Module) -> tuple[Any, ...]:
+    """Return copies of modules, in double precision; what they share, their copies share."""
+    memo: dict[int, Any] = {id(generator): generator for generator in shared_generators()}
+    for root in modules:
+        for module in root.modules():
+            for leaf in _tensors_of(module):
+                if id(leaf) not in memo:
+                    memo[id(leaf)] = _doubled_leaf(leaf)
+    return tuple(module.double() for module in copy.deepcopy(modules, memo))
+
+
+def _doubled_leaf(leaf: torch.Tensor) -> torch.Tensor:
+    value = _doubled(leaf)
+    return nn.Parameter(value, leaf.requires_grad) if isinstance(leaf, nn.Parameter) else value
+
+
+def _doubled(tensor: torch.Tensor) -> torch.Tensor:
+    value = tensor.detach().clone()
+    return value.double() if value.is_floating_point() else value
 
 
 @contextlib.contextmanager
@@ -118,18 +145,20 @@ def keep_plain_tensors(module: nn.Module, like: nn.Module) -> None:
             module.__dict__[name] = value
 
 
-def copy_inputs(inputs: Any) -> Any:
+def copy_inputs(inputs: Any, *, double: bool = False) -> Any:
     """Return ``inputs`` with every tensor cloned (in no graph) and every other object deep-copied.
 
-    Objects may hold tensors of a graph, such as the keys of a cache while training.
+    Objects may hold tensors of a graph, such as the keys of a cache while training. With ``double``
+    floating tensors are cast to double precision.
     """
     memo: dict[int, Any] = {}
+    copied = _doubled if double else _cloned
 
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
-            return memo.setdefault(id(value), _cloned(value))
+            return memo.setdefault(id(value), copied(value))
         for tensor in tensors_within(value, set()):
-            memo.setdefault(id(tensor), _cloned(tensor))
+            memo.setdefault(id(tensor), copied(tensor))
         return copy.deepcopy(value, memo)
 
     return pytree.tree_map(one, inputs)

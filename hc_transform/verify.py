@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,27 +12,25 @@ import torch
 from torch import Tensor, fx, nn
 
 from .additions import CONNECTIONS_NAME
-from .compare import Comparison, compare, relative_error, tensor_error, tensors_of
+from .compare import Comparison, compare, relative_error
 from .dialects import inputs_of
 from .ends import StreamDropout
-from .errors import DecisionChanged, HCTransformError, NotEquivalent
+from .errors import DecisionChanged, NotEquivalent
+from .pairs import Pair, failures_of, judge_start, run_like, tolerance_of
 from .planner import Plan
 from .reference import NamedInputs, ReferenceInterpreter, separate
-from .state import seed_generators, state_restored
-from .structure import copy_inputs
+from .rounding import OUTPUTS, Judgement, Rounding, judge, largest_error
+from .structure import copy_inputs, doubled_modules
 from .threads import again_beside_threads
 from .trace import bind_inputs
 from .trunks import nest
-from .watch import shared_state_restored
 
-__all__ = ["Verification", "first_difference", "relative_error", "run_like", "tolerance_of", "verify"]
+__all__ = ["Verification", "relative_error", "run_like", "tolerance_of", "verify"]
 
-# Relative to the largest absolute value of each output. Start "paper" is exact up to the rounding of
-# the readout; start "mirrored" rounds at every write.
-TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
-# For separated streams, whose sums the reference rounds in another order and the layers amplify. A stream
-# in a wrong place shows at about 1e-1. Half precision is not compared so.
 DECIDES = "the model decides on values of tensors, which other streams change"
+# For separated streams, whose sums the reference rounds in another order and the layers amplify. A stream
+# in a wrong place shows at about 1e-1. Half precision is not compared so. Where either bound is exceeded, what
+# rounding does to the model is measured.
 STREAM_TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
 
 
@@ -45,12 +43,16 @@ class Verification:
         apart: why the streams were not compared with coefficients off their start; "" if they were.
         unseen: what of the outputs was not compared.
         scaled: whether the outputs are others by definition (``readout="sum"``).
+        rounding: what rounding explains of errors above the usual bounds.
+        unclear: why it cannot be told whether the outputs differ by rounding; "" if it can.
     """
 
     error: float | None
     apart: str = ""
     unseen: tuple[str, ...] = ()
     scaled: bool = False
+    rounding: tuple[str, ...] = ()
+    unclear: str = ""
 
     @property
     def note(self) -> str:
@@ -59,33 +61,18 @@ class Verification:
         if self.error is None:
             return f"Not verified: the output holds no value to compare{': ' + shown if shown else ''}."
         unseen = f" Not compared: {shown}." if shown else ""
+        unseen = "".join(f" {text[:1].upper()}{text[1:]}." for text in self.rounding) + unseen
         if self.scaled:
             streams = f"Nor were its streams: {self.apart}." if self.apart else "Its streams agree with the reference."
             return f"Not verified: readout='sum' gives other outputs than the original. {streams}{unseen}"
+        if self.unclear:
+            return f"Not verified: the outputs differ by {self.error:.1e} (relative), and {self.unclear}.{unseen}"
         if self.apart:
             return (
                 f"Verified on the example inputs at the start alone, where all streams are alike: largest relative "
                 f"error {self.error:.1e}. Not verified with separated streams: {self.apart}.{unseen}"
             )
         return f"Verified on the example inputs: largest relative error {self.error:.1e}.{unseen}"
-
-
-def run_like(model: nn.Module, args: Any, kwargs: Any, forward: Callable[..., Any] | None = None) -> Any:
-    """Return the model's outputs on copies of the inputs, with all random generators seeded.
-
-    The state of the model and of the generators (torch's, Python's, numpy's) is put back after.
-    """
-    with state_restored(model), shared_state_restored(model), torch.no_grad():
-        seed_generators()
-        return (forward or model)(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
-
-
-def tolerance_of(outputs: Any, model: nn.Module | None = None) -> float:
-    """Return the bound for the least precise floating dtype among the outputs, or else the model's parameters."""
-    tensors = tensors_of(outputs)
-    if model is not None and not any(t.is_floating_point() for t in tensors):
-        tensors = list(model.parameters())
-    return max((TOLERANCES.get(t.dtype, 0.0) for t in tensors), default=TOLERANCES[torch.float32])
 
 
 @again_beside_threads
@@ -113,17 +100,24 @@ def verify(
     if expected is None:
         expected = run_like(original, args, kwargs)
     where, apart = None, not_covered(plan)
+    start = judged = Judgement()
+    bound = tolerance_of(expected, original)
     with without_stream_dropout(converted):
         found = outputs_compared(converted, plan, args, kwargs, expected)
-        if not apart:
+        pair = _Graphs(original, converted, plan, args, kwargs)
+        covered = plan.residuals and not apart
+        if covered:
             try:
-                where = first_difference(original, converted, plan, args, kwargs)
+                with separated(pair.connections):
+                    judged = judge(pair)
+                where, apart = described_difference(plan, judged.wrong), judged.unclear
             except DecisionChanged:
                 apart = DECIDES
-    bound = tolerance_of(expected, original)
-    if is_wrong(found, bound, plan) or where is not None:
+        if is_wrong(found, bound, plan) and where is None:
+            start = judge_start(pair, found.error) if covered else Judgement({OUTPUTS: found.error})
+    if start.wrong or where is not None:
         raise not_equivalent(original, found, bound, where)
-    return result_of(found, plan, apart)
+    return result_of(found, plan, apart, start, judged.explained)
 
 
 def outputs_compared(
@@ -138,10 +132,19 @@ def is_wrong(found: Comparison, bound: float, plan: Plan) -> bool:
     return not found.error <= bound and plan.options.readout != "sum"
 
 
-def result_of(found: Comparison, plan: Plan, apart: str) -> Verification:
-    """Return what is to be reported of outputs that agree."""
+def result_of(found: Comparison, plan: Plan, apart: str, start: Judgement, explained: str) -> Verification:
+    """Return what is to be reported of outputs that agree.
+
+    Args:
+        found: how they compare.
+        plan: what was converted.
+        apart: why the streams were not compared with coefficients off their start; "" if they were.
+        start: what is said of outputs that differ by more than the usual bound.
+        explained: what rounding explains of streams that do; "" if they do not.
+    """
     error = found.error if found.values else None
-    return Verification(error, apart, found.unseen, plan.options.readout == "sum")
+    rounding = tuple(filter(None, (start.explained, explained)))
+    return Verification(error, apart, found.unseen, plan.options.readout == "sum", rounding, start.unclear)
 
 
 def not_equivalent(original: nn.Module, found: Comparison, bound: float, where: str | None) -> NotEquivalent:
@@ -164,28 +167,57 @@ def not_covered(plan: Plan) -> str:
     return ""
 
 
-def first_difference(
-    original: nn.Module, converted: fx.GraphModule, plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> str | None:
-    """Return a phrase that names the first residual whose streams differ from the reference's, if any.
+class _Graphs(Pair):
+    """The graph of a plan beside the one that it became, or copies of both."""
 
-    Raises:
-        HCTransformError: one of the two cannot be run with separated streams.
-        DecisionChanged: the graph decides on values that are others then.
-    """
-    if not plan.residuals:
-        return None
-    given = inputs_of(plan.graph_module, args, kwargs)
-    given = bind_inputs(original, args, kwargs) if given is None else given
-    connections = converted.get_submodule(CONNECTIONS_NAME)
-    with separated(connections):
-        reference = ReferenceInterpreter(plan, dict(connections.named_children()))
-        with failures_of("the reference implementation", original):
-            run_like(plan.graph_module, (), given, reference.run_on)
-        recorder = _Recorder(converted, reference.written)
-        with failures_of("the converted graph", original):
-            run_like(converted, (), given, recorder.run_on)
-    return described_difference(plan, recorder.wrong)
+    module: nn.Module | None = None  # that the plan's graph runs on
+
+    @property
+    def connections(self) -> nn.Module:
+        """The modules that conversion added."""
+        return self.converted.get_submodule(CONNECTIONS_NAME)
+
+    def reference(self, rounding: Rounding | None = None) -> tuple[Any, Mapping[str, Tensor]]:
+        """Return the outputs and the streams of the reference.
+
+        Raises:
+            HCTransformError: it cannot be run.
+        """
+        module = self.module or self.plan.graph_module
+        reference = ReferenceInterpreter(self.plan, dict(self.connections.named_children()), module, rounding)
+        reference.wide = self.wide
+        given = self._given()
+        with failures_of("the reference implementation", self.original):
+            return run_like(module, (), given, reference.run_on), reference.written
+
+    def differences(self) -> dict[str, float]:
+        """Return the errors of streams above the usual bound.
+
+        Raises:
+            HCTransformError: one of the two cannot be run with separated streams.
+            DecisionChanged: the graph decides on values that are others then.
+        """
+        graph: Any = self.converted
+        recorder = _Recorder(graph, dict(self.reference()[1]))
+        recorder.wide = self.wide
+        given = self._given()
+        with failures_of("the converted graph", self.original):
+            run_like(self.converted, (), given, recorder.run_on)
+        return recorder.wrong
+
+    def _given(self) -> dict[str, Any]:
+        """Return the inputs by the names of the graph's placeholders."""
+        given = inputs_of(self.plan.graph_module, self.args, self.kwargs)
+        return bind_inputs(self.original, self.args, self.kwargs) if given is None else given
+
+    def copied(self) -> _Graphs:
+        """Return copies in double precision."""
+        module = self.module or self.plan.graph_module
+        original, converted, module = doubled_modules(self.original, self.converted, module)
+        inputs = copy_inputs((self.args, self.kwargs), double=True)
+        pair = _Graphs(original, converted, self.plan, *inputs)
+        pair.module, pair.wide = module, True
+        return pair
 
 
 @contextmanager
@@ -197,22 +229,6 @@ def separated(connections: nn.Module) -> Iterator[None]:
         yield
     finally:
         connections.load_state_dict(start)
-
-
-@contextmanager
-def failures_of(what: str, original: nn.Module) -> Iterator[None]:
-    """Say what failed while streams were compared, so that no failure of ours passes for one of the model."""
-    try:
-        yield
-    except (HCTransformError, MemoryError, RecursionError, torch.OutOfMemoryError):
-        raise
-    except Exception as failure:
-        text = " ".join(str(failure).split())[:300]
-        raise HCTransformError(
-            f"verification of the converted {type(original).__name__} fails: {what} cannot be run with separated "
-            f"streams ({type(failure).__name__}: {text}). Leave the residual out with exclude=[...], convert with "
-            "verify=False and compare the outputs yourself, or report the model."
-        ) from failure
 
 
 def described_difference(plan: Plan, wrong: Mapping[str, float]) -> str | None:
@@ -229,7 +245,7 @@ def streams_error(streams: Any, expected: Tensor) -> float:
     expected = expected.to(streams[0].dtype)
     if len(streams) != len(expected):
         return math.inf
-    error = max(tensor_error(stream, e) for stream, e in zip(streams, expected, strict=True))
+    error = largest_error(streams, expected)
     return 0.0 if error <= STREAM_TOLERANCES.get(expected.dtype, math.inf) else error
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +18,11 @@ from .block_runner import RUNNER, BlockRunner
 from .blocks import BlockPlan, BlocksPlan, relative
 from .compare import relative_error, tensors_of
 from .errors import HCTransformError, NotEquivalent
+from .pairs import Pair, failures_of, judge_start, run_like, tolerance_of
+from .planner import Plan
 from .reference import NamedInputs, ReferenceInterpreter
+from .rounding import OUTPUTS, Judgement, Rounding, judge
+from .structure import copy_inputs, doubled_modules
 from .tape import Tape
 from .threads import again_beside_threads
 from .variants import Variant
@@ -24,16 +31,13 @@ from .verify import (
     STREAM_TOLERANCES,
     Verification,
     described_difference,
-    failures_of,
     is_wrong,
     not_covered,
     not_equivalent,
     outputs_compared,
     result_of,
-    run_like,
     separated,
     streams_error,
-    tolerance_of,
     without_stream_dropout,
 )
 
@@ -69,41 +73,42 @@ def verify_blocks(
         expected = run_like(original, args, kwargs)
     plan = planned.plan
     bound = tolerance_of(expected, original)
+    start, explained = Judgement(), ""
     with without_stream_dropout(converted):
         found = outputs_compared(converted, plan, args, kwargs, expected)
         apart = LEARNED if plan.options.readout == "learned" else not_covered(plan)
-        off_start = _OffStart(original, converted, planned, tape, modules, args, kwargs)
+        pair = _Blocks(original, converted, plan, args, kwargs, tape, modules)
+        covered = plan.residuals and not apart
         if is_wrong(found, bound, plan):
-            where = None if apart else off_start.first_difference()
-            raise not_equivalent(original, found, bound, where)
-        if plan.residuals and not apart:
-            apart = off_start.check()
-    return result_of(found, plan, apart)
+            told = covered and not pair.excuse()
+            start = judge_start(pair, found.error) if told else Judgement({OUTPUTS: found.error})
+        if start.wrong:
+            raise not_equivalent(original, found, bound, pair.first_difference() if covered else None)
+        if covered:
+            apart, explained = pair.check()
+    return result_of(found, plan, apart, start, explained)
 
 
-class _OffStart:
-    """The comparison with separated streams."""
+class _Blocks(Pair):
+    """A model whose blocks run graphs beside the tape of its original, or copies of both."""
 
     def __init__(
         self,
         original: nn.Module,
         converted: nn.Module,
-        planned: BlocksPlan,
-        tape: Tape,
-        modules: Mapping[str, Any],
+        plan: Plan,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        tape: Tape,
+        modules: Mapping[str, nn.Module],
     ) -> None:
-        self.original = original
-        self.converted = converted
-        self.planned = planned
+        super().__init__(original, converted, plan, args, kwargs)
         self.tape = tape
         self.modules = modules
         self.connections = nn.ModuleList({id(m): m for m in modules.values()}.values())
-        self.args, self.kwargs = args, kwargs
 
-    def check(self) -> str:
-        """Return why separated streams cannot be compared; "" if they agree.
+    def check(self) -> tuple[str, str]:
+        """Return why separated streams cannot be compared, and what rounding explains of how they differ.
 
         Raises:
             NotEquivalent: they differ.
@@ -111,54 +116,88 @@ class _OffStart:
         """
         try:
             with separated(self.connections):
-                with failures_of("the converted model", self.original):
-                    actual = tensors_of(run_like(self.converted, self.args, self.kwargs))
-                with failures_of("the reference implementation", self.original):
-                    expected = list(self._reference()[0])
+                errors = self.differences()
         except HCTransformError:
-            excuse = self._excuse()
+            excuse = self.excuse()
             if not excuse:
                 raise
-            return excuse
-        dtype = next((t.dtype for t in actual if t.is_floating_point()), torch.float32)
-        error, bound = relative_error(actual, expected), STREAM_TOLERANCES.get(dtype, float("inf"))
-        if error <= bound:
-            return ""
-        if excuse := self._excuse():
-            return excuse
-        where = self.first_difference()
+            return excuse, ""
+        if not errors:
+            return "", ""
+        if excuse := self.excuse():
+            return excuse, ""
+        with separated(self.connections):
+            judged = judge(self, errors)
+        if not judged.wrong:
+            return judged.unclear, judged.explained
+        where = described_difference(self.plan, judged.wrong)
         raise NotEquivalent(
             f"with separated streams the converted {type(self.original).__name__} differs from its reference by "
-            f"{error:.1e} (relative; at most {bound:.0e} was expected); {where or 'no residual differs by itself'}. "
+            f"{errors[OUTPUTS]:.1e} (relative); {where or 'no residual differs by itself'}. "
             "Leave that residual out with exclude=[...], or report the model."
         )
 
+    def differences(self) -> dict[str, float]:
+        """Return the errors of the outputs, and then of streams, above the usual bound.
+
+        Raises:
+            HCTransformError: one of the two cannot be run with separated streams.
+        """
+        actual = tensors_of(self.run_converted())
+        expected, written = self.reference()
+        dtype = next((t.dtype for t in actual if t.is_floating_point()), torch.float32)
+        error = relative_error(actual, list(expected))
+        if error <= STREAM_TOLERANCES.get(dtype, math.inf):
+            return {}
+        return {**self._differences_of_streams(written), OUTPUTS: error}
+
     def first_difference(self) -> str | None:
         """Return a phrase that names the first residual whose streams differ from the reference's, if any."""
-        wrong: dict[str, float] = {}
         try:
             with separated(self.connections):
-                written = self._reference()[1]
+                judged = judge(self, self._differences_of_streams(self.reference()[1]))
+        except HCTransformError:  # the error that this is to explain stands for itself
+            return None
+        return described_difference(self.plan, judged.wrong)
 
-                def compare(name: str, streams: Streams) -> None:
-                    error = streams_error(streams, written[name]) if name in written else 0.0
-                    if error:
-                        wrong.setdefault(name, error)
+    def _differences_of_streams(self, written: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the errors of streams above the usual bound, as far as the blocks can be looked into."""
+        wrong: dict[str, float] = {}
 
-                with observed_blocks(self.converted, compare):
-                    run_like(self.converted, self.args, self.kwargs)
-        except Exception:
-            if not wrong:  # the error that this is to explain stands for itself
-                return None
-        return described_difference(self.planned.plan, wrong)
+        def compare(name: str, streams: Streams) -> None:
+            error = streams_error(streams, written[name]) if name in written else 0.0
+            if error:
+                wrong.setdefault(name, error)
 
-    def _reference(self) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """Return the outputs of the tape run with stacked streams, and the streams after each residual."""
-        reference = ReferenceInterpreter(self.planned.plan, dict(self.modules))
-        outputs = run_like(self.tape.graph_module, (), self.tape.named_inputs, reference.run_on)
+        with contextlib.suppress(Exception), observed_blocks(self.converted, compare):
+            run_like(self.converted, self.args, self.kwargs)
+        return wrong
+
+    def reference(self, rounding: Rounding | None = None) -> tuple[Any, Mapping[str, Tensor]]:
+        """Return the outputs of the tape run with stacked streams, and the streams after each residual.
+
+        Raises:
+            HCTransformError: it cannot be run.
+        """
+        reference = ReferenceInterpreter(self.plan, self.modules, self.tape.graph_module, rounding)
+        reference.wide = self.wide
+        with failures_of("the reference implementation", self.original):
+            outputs = run_like(self.tape.graph_module, (), self.tape.named_inputs, reference.run_on)
         return outputs, reference.written
 
-    def _excuse(self) -> str:
+    def copied(self) -> _Blocks:
+        """Return copies in double precision."""
+        keys = list(self.modules)
+        original, converted, module, *modules = doubled_modules(
+            self.original, self.converted, self.tape.graph_module, *self.modules.values()
+        )
+        args, kwargs, inputs = copy_inputs((self.args, self.kwargs, self.tape.inputs), double=True)
+        tape = replace(self.tape, graph_module=module, inputs=inputs)
+        pair = _Blocks(original, converted, self.plan, args, kwargs, tape, dict(zip(keys, modules, strict=True)))
+        pair.wide = True
+        return pair
+
+    def excuse(self) -> str:
         """Return why the tape is no measure of this model with separated streams; "" if it is one."""
         if self.tape.reads_values:
             return DECIDES

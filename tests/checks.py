@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 
@@ -69,6 +70,25 @@ def doubled(*modules):
 def double(inputs):
     """Return inputs in double precision."""
     return tuple(t.double() if t.is_floating_point() else t for t in inputs)
+
+
+class _Float32(TorchFunctionMode):
+    """Notes whether anything that depends on parameters is computed in fp32."""
+
+    seen = False
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.seen |= result.dtype == torch.float32 and result.requires_grad
+        return result
+
+
+def rounds_in_float32(model, args):
+    """Say whether a model in double precision computes what it learns from in fp32, as some norms do."""
+    with torch.enable_grad(), _Float32() as mode:
+        seeded(model, args, {})
+    return mode.seen
 
 
 def check_preserved(model, hc, args, kwargs=None, *, others=(), bound=1e-5, gradient_bound=1e-5):

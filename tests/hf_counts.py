@@ -143,10 +143,10 @@ ENCODERS: Counts = {
         "reaches no output",
     ),
     "mobilebert": (
-        lambda c: (1 + (c.num_feedforward_networks - 1) + 1 - 1) * c.num_hidden_layers,
-        "doubtful: inside the bottleneck the stacked MLPs and the last one; the attention's skip is one projection of "
-        "the layer's input and its branch comes from others, so not that one. Around them the output bottleneck adds "
-        "the layer's input: one a layer, on a trunk of num_hidden_layers, which is shorter here",
+        lambda c: c.num_feedforward_networks * c.num_hidden_layers,
+        "inside the bottleneck the stacked MLPs and the last one, one stream that all of a layer runs through; the "
+        "attention's skip is one projection of the layer's input and its branch comes from others, so not that one. "
+        "Around them the output bottleneck adds the layer's input: one a layer, which are fewer",
     ),
     "xmod": (
         lambda c: 3 * c.num_hidden_layers,

@@ -296,15 +296,18 @@ class Around(nn.Module):
 
 
 class Resized(nn.Module):
-    """One residual of another width, which no stream of x goes through."""
+    """Residuals of another width, which no stream of x goes through."""
 
-    def __init__(self):
+    def __init__(self, depth=1, beside=False):
         super().__init__()
-        self.up, self.f, self.down = nn.Linear(D, 5), nn.Linear(5, 5), nn.Linear(5, D)
+        self.up, self.down, self.beside = nn.Linear(D, 5), nn.Linear(5, D), beside
+        self.f = nn.ModuleList(nn.Linear(5, 5) for _ in range(depth))
 
     def forward(self, x):
-        x = self.up(x)
-        return self.down(x + self.f(x))
+        start = y = self.up(x)
+        for f in self.f:
+            y = y + f(y)
+        return self.down(y * start.sigmoid() if self.beside else y)
 
 
 def blocks(n):
@@ -322,6 +325,11 @@ LEVELS = {
     "a global skip": (lambda: Around(*[Resized() for _ in range(4)]), [1, 1, 1, 1]),
     "one inside each": (lambda: nn.Sequential(*[Around(Resized()) for _ in range(4)]), [4]),
     "blocks after a group": (lambda: nn.Sequential(Around(*blocks(4)), *blocks(2)), [6]),
+    "a narrower stream inside each": (lambda: nn.Sequential(*[Around(Resized(2)) for _ in range(3)]), [2, 2, 2]),
+    "a narrower stream beside a gate in each": (
+        lambda: nn.Sequential(*[Around(Resized(2, beside=True)) for _ in range(3)]),
+        [3],
+    ),
     "two inside every other": (
         lambda: nn.Sequential(*[m for _ in range(3) for m in (Around(Resized(), Resized()), Block())]),
         [6],

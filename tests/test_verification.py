@@ -338,3 +338,21 @@ def test_learned_readouts_between_blocks_are_said_not_to_be_compared():
     x = torch.randn(2, 8)
     assert "Not verified with" in str(hct.convert(Stack(), (x,), scope="blocks", readout="learned").hc_report)
     assert "Not verified" not in str(hct.convert(Stack(), (x,), scope="graph", readout="learned").hc_report)
+
+
+class Dropped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f, self.drop = nn.Conv2d(8, 8, 1), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return x + self.f(self.drop(torch.relu(x)))
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_dropout_of_values_that_lie_elsewise_in_memory(scope):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 6, 6).to(memory_format=torch.channels_last)
+    model = nn.Sequential(Dropped(), Dropped(), Dropped()).train()
+    note = next(n for n in hct.convert(model, (x,), scope=scope).hc_report.notes if "erified" in n)
+    assert note == "Verified on the example inputs: largest relative error 0.0e+00."

@@ -29,7 +29,7 @@ from tabulate import tabulate
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checks import check_preserved, double, doubled, error, seeded, wake  # noqa: E402
+from checks import check_preserved, double, doubled, error, rounds_in_float32, seeded, wake  # noqa: E402
 from zoo_cases import CASES, Case  # noqa: E402
 
 import hc_transform as hct  # noqa: E402
@@ -106,7 +106,10 @@ def check(case: Case) -> Outcome:
         outcome.message = "gradients compared in fp32"
         return outcome
     doubled(hc, model)
-    check_preserved(model, hc, double(x), bound=case.bound, gradient_bound=case.gradient_bound)
+    bounds = {"bound": case.bound, "gradient_bound": case.gradient_bound}
+    if rounds_in_float32(model, double(x)):  # memory that lies otherwise is summed in another order
+        bounds = {"bound": 1e-5, "gradient_bound": 1e-4}
+    check_preserved(model, hc, double(x), **bounds)
     return outcome
 
 
