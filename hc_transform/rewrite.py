@@ -33,7 +33,7 @@ from .keys import DROPOUT_KEY
 from .kinds import Kinds, is_shape_read, shape_of
 from .planner import Plan
 from .spellings import Term
-from .trunks import Trunk, readers_of, way_between
+from .trunks import Trunk, outer_first, readers_of, way_between
 
 log = logging.getLogger("hc_transform")
 
@@ -98,7 +98,7 @@ def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
     outer_reads: dict[fx.Node, list[tuple[Residual, fx.Node]]] = {}  # by skip
     gone = {node for trunk in plan.trunks for node in _done_on_streams(trunk)}
     memory = _Memory(graph, copies, gone, lost_writes(gm.graph, gone))
-    for trunk in sorted(plan.trunks, key=lambda t: -max(len(r.region) for r in t.residuals)):  # outer before inner
+    for trunk in outer_first(plan.trunks):
         _TrunkRewriter(graph, copies, trunk, kinds, plan, outer_reads, memory).run()
     for write in memory.lost.keys() - gone:  # into a readout
         memory.overwrite(write, copies[write])

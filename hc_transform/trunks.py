@@ -151,6 +151,24 @@ def longest_chain(members: Sequence[Residual], passage: Passage) -> list[Residua
     return chain[::-1]
 
 
+def outer_first(trunks: Sequence[Trunk]) -> list[Trunk]:
+    """Return trunks such that each comes after those around it, or around a part of it."""
+    regions = {t.index: frozenset().union(*(r.region for r in t.residuals)) for t in trunks}
+    adds = {t.index: {r.add for r in t.residuals} for t in trunks}
+    around = {
+        t.index: {o.index for o in trunks if o is not t and not regions[o.index].isdisjoint(adds[t.index])}
+        for t in trunks
+    }
+    ordered: list[Trunk] = []
+    waiting = list(trunks)
+    while waiting:
+        left = {t.index for t in waiting}
+        trunk = next((t for t in waiting if left.isdisjoint(around[t.index])), waiting[0])
+        ordered.append(trunk)
+        waiting.remove(trunk)
+    return ordered
+
+
 def readers_of(residual: Residual) -> list[fx.Node]:
     """Return the users of the skip that begin the branch."""
     return [user for user in residual.skip.users if user in residual.region]

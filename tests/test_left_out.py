@@ -225,3 +225,28 @@ def test_fractions_lie_in_memory_as_a_sum_does(order: Any, branch_order: Any, fi
     assert hct.read(streams, coefficients).stride() == x.stride()
     expected = (y + x if first else x + y).stride()
     assert {s.stride() for s in hct.write(streams, y, coefficients, first)} == {expected}
+
+
+class Within(nn.Module):
+    """A residual around two others, the last of which another chain could go on with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.h = (nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.f(x)
+        outer = x
+        x = x + self.g(x)
+        x = x + self.h(x)
+        return outer + x
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_trunks_within_and_around_each_other(scope: str) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Within(), Within()).eval(), torch.randn(2, 3, D)
+    hc = hct.convert(model, (x,), scope=scope, nested="all")
+    assert len(hc.hc_report.converted) == 8
+    with torch.no_grad():
+        torch.testing.assert_close(torch.as_tensor(hc(x)), model(x), rtol=1e-5, atol=1e-6)
