@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import operator
 import pickle
 import sys
 from collections.abc import Callable, Iterable
@@ -35,7 +36,7 @@ class Read:
     Attributes:
         home: path of the module that holds it, or ``module:`` and the name of a Python module for a global.
         steps: how to come from there to the value.
-        expected: the value or function, :func:`frozen` of a container, or :class:`Same`.
+        expected: the value or function, :func:`frozen` of a container, :class:`Same`, or :class:`SameEntries`.
     """
 
     home: str
@@ -49,6 +50,10 @@ class Read:
 
 class Same:
     """Stands for an object that is to stay itself: a function, or one that holds settings."""
+
+
+class SameEntries:
+    """Stands for a list whose entries are to stay themselves: modules, or objects that hold settings."""
 
 
 @dataclass(frozen=True)
@@ -107,14 +112,14 @@ class PythonState:
 
     def bind(self, root: nn.Module) -> None:
         """Look up where the values stand, and remember the modules as they are."""
-        places, slow, objects = _places(self.reads, root)
-        self._bound = (root, places, slow, _structure(self.inlined, self.observed, root), objects)
+        places, slow, objects, lists = _places(self.reads, root)
+        self._bound = (root, places, slow, _structure(self.inlined, self.observed, root), objects, lists)
 
     def change(self, root: nn.Module) -> str | None:
         """Return what is otherwise than it was, None if nothing is."""
         if self._bound is None or self._bound[0] is not root:
             self.bind(root)
-        _, places, slow, (modules, forwards, hooks), objects = self._bound
+        _, places, slow, (modules, forwards, hooks), objects, lists = self._bound
         for holder, key, expected, read in places:
             value = dict.get(holder, key, _MISSING)
             if value is not expected and (type(value) is not type(expected) or value != expected):
@@ -122,6 +127,12 @@ class PythonState:
         for holder, key, same, read in objects:
             if dict.get(holder, key, _MISSING) is not same:
                 return f"{read} is another object than while tracing"
+        for find, entries, read in lists:
+            value = find()
+            if not isinstance(value, (list, tuple)) or len(value) != len(entries):
+                return f"{read} holds other entries than while tracing"
+            if any(map(operator.is_not, value, entries)):
+                return f"{read} holds other entries than while tracing"
         for find, expected, read in slow:
             value = frozen(find())
             if type(value) is not type(expected) or value != expected:
@@ -143,13 +154,25 @@ def _changed(read: Read, value: Any) -> str:
     return f"{read} was {was!r} while tracing and is {now} now"
 
 
-def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any], list[Any]]:
-    """Return the reads that are entries of dictionaries, functions that find others, and objects to stay themselves."""
+def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Return where reads stand, for checks.
+
+    Those are the entries of dictionaries, functions that find other values, objects to stay themselves, the
+    dictionaries that lead to others among them, and functions that find lists whose entries are to.
+    """
     places: list[Any] = []
     slow: list[Any] = []
     objects: list[Any] = []
+    lists: list[Any] = []
     for read in reads:
         holder, key = _holder(read, root), read.steps[-1][1]
+        if read.expected is SameEntries:
+            found = _find(read, root)
+            entries = tuple(found) if isinstance(found, (list, tuple)) else ()
+            lists.append((functools.partial(_find, read, root), entries, read))
+            continue
+        if holder is not None and isinstance(read.expected, Frozen) and issubclass(read.expected.kind, dict):
+            objects.append((holder, key, dict.get(holder, key), read))
         if holder is None:
             if read.expected is not Same:
                 slow.append((functools.partial(_find, read, root), read.expected, read))
@@ -159,7 +182,7 @@ def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any
             slow.append((functools.partial(dict.get, holder, key, _MISSING), read.expected, read))
         else:
             places.append((holder, key, read.expected, read))
-    return places, slow, objects
+    return places, slow, objects, lists
 
 
 def _holder(read: Read, root: nn.Module) -> dict[Any, Any] | None:

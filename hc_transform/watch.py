@@ -20,7 +20,7 @@ import torch
 from torch import fx, nn
 
 from .frames import INTERNAL_FILES
-from .python_state import Read, Same, Step, frozen, is_plain
+from .python_state import LONGEST, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
 from .state import CONTAINERS, Contents, is_generator, is_state, state_of
 
 Key = tuple[str, str]  # (path of a module, name of an attribute)
@@ -81,14 +81,17 @@ class Watch:
             home = str(space.get("__name__", ""))
             if getattr(sys.modules.get(home), "__dict__", None) is not space or _is_library(home):
                 continue
-            if isinstance(before, FUNCTIONS) and not inspect.isclass(before) or isinstance(before, nn.Module):
+            if isinstance(before, FUNCTIONS) and not inspect.isclass(before):
                 continue
             for read in self._guards_of(f"module:{home}", (("attribute", name),), before, 0):
                 found.setdefault((read.home, read.steps), read)
         return tuple(found.values())
 
     def _guards_of(self, home: str, steps: tuple[Step, ...], value: Any, depth: int) -> Iterator[Read]:
-        if isinstance(value, (torch.Tensor, nn.Module, fx.Proxy)) or is_generator(value):
+        if isinstance(value, nn.Module):
+            yield from self._guards_of_module(home, steps, value)
+            return
+        if isinstance(value, (torch.Tensor, fx.Proxy)) or is_generator(value):
             return
         if isinstance(value, types.ModuleType):
             if depth == 0 and not _is_library(value.__name__):
@@ -109,6 +112,11 @@ class Watch:
                     if isinstance(key, (str, int)) and (is_plain(entry) or not isinstance(entry, FUNCTIONS)):
                         yield from self._guards_of(home, (*steps, ("entry", key)), entry, depth + 1)
             return
+        if isinstance(value, (list, tuple)) and expected == Frozen(type(value), len(value)) and len(value) <= LONGEST:
+            yield Read(home, steps, SameEntries)
+            for place, entry in enumerate(value) if depth < DEEPEST else ():
+                yield from self._guards_of(home, (*steps, ("entry", place)), entry, depth + 1)
+            return
         if expected is not None:
             yield Read(home, steps, expected)
             return
@@ -119,6 +127,15 @@ class Watch:
             cls: Any = type(value)
             of_class = {n: getattr(value, n) for n in self.names if _is_setting(cls, n) and n not in fields}
             yield from self._named_in(home, steps, of_class, "attribute", depth)
+
+    def _guards_of_module(self, home: str, steps: tuple[Step, ...], module: nn.Module) -> Iterator[Read]:
+        """Yield guards on a module that is none of the model's: a global, or in a list that no module registers."""
+        if id(module) not in self.paths:
+            if steps[-1][0] == "attribute":
+                yield Read(home, steps, Same)
+            for name, value in module.__dict__.items():
+                if is_state(name) and is_plain(value):
+                    yield Read(home, (*steps, ("attribute", name)), value)
 
     def _named_in(self, home: str, steps: tuple[Step, ...], fields: Any, how: str, depth: int) -> Iterator[Read]:
         if depth < DEEPEST:

@@ -9,6 +9,7 @@ import enum
 import logging
 import pickle
 import random
+import sys
 import types
 
 import numpy as np
@@ -653,3 +654,73 @@ def test_statistics_count_a_call_once(scope):
         agree(hc, model, x)
     for name, buffer in model.named_buffers():
         torch.testing.assert_close(hc.get_buffer(name), buffer)
+
+
+ACTIVATION = nn.LeakyReLU(0.1)
+
+
+class Held(nn.Module):
+    """Code that reads modules which no module registers, and dictionaries."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.f = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.acts = [nn.Identity(), nn.LeakyReLU(0.1)]
+        self.weights = {"a": 1, "b": 2}
+
+    def forward(self, x):
+        h = self.f(self.norm(x))
+        for act in self.acts:
+            h = act(h)
+        for key in sorted(self.weights):
+            h = h * self.weights[key]
+        return x + ACTIVATION(h)
+
+
+def _entry(block):
+    block.acts[0] = nn.Tanh()
+
+
+def _setting(block):
+    block.acts[1].negative_slope = 0.9
+
+
+def _longer(block):
+    block.acts.append(nn.Tanh())
+
+
+def _another_dictionary(block):
+    block.weights = {"a": 3, "b": 2}
+
+
+def _another_entry(block):
+    block.weights["b"] = 5
+
+
+@pytest.mark.parametrize("change", [_entry, _setting, _longer, _another_dictionary, _another_entry])
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_what_lists_and_dictionaries_hold_may_change(scope, change):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Held(), Held()).eval(), torch.randn(2, 3, 8)
+    hc = hct.convert(copy.deepcopy(model), (x,), scope=scope)
+    with torch.no_grad():
+        before = model(x)
+        for m in (model, hc):
+            for path in ("0", "1"):
+                change(m.get_submodule(path))
+        assert not torch.allclose(model(x), before)
+        torch.testing.assert_close(torch.as_tensor(hc(x)), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_a_global_module_may_change(scope, monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Held(), Held()).eval(), torch.randn(2, 3, 8)
+    hc = hct.convert(copy.deepcopy(model), (x,), scope=scope)
+    with torch.no_grad():
+        before = model(x)
+        monkeypatch.setattr(ACTIVATION, "negative_slope", 0.9)
+        assert not torch.allclose(model(x), before)
+        torch.testing.assert_close(torch.as_tensor(hc(x)), model(x), rtol=1e-5, atol=1e-6)
+        monkeypatch.setattr(sys.modules[__name__], "ACTIVATION", nn.Tanh())
+        torch.testing.assert_close(torch.as_tensor(hc(x)), model(x), rtol=1e-5, atol=1e-6)
