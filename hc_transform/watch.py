@@ -160,7 +160,7 @@ class SharedState:
         try:
             yield
         finally:
-            sys.setprofile(before)
+            _profile_on(before)
             if collects:
                 gc.enable()
 
@@ -172,7 +172,7 @@ class SharedState:
         try:
             yield
         finally:
-            sys.setprofile(before)
+            _profile_on(before)
 
     def _profile(self, frame: Any, event: str, argument: Any) -> None:
         code, counts = frame.f_code, self.is_on()
@@ -208,6 +208,14 @@ class SharedState:
                 was.put_back()
         reason = "its code changes {!r}, which a graph would not"
         return [(was.where, reason.format(was.title)) for was in changed if was.where is not None]
+
+
+def _profile_on(before: Any) -> None:
+    """Let a profiler go on; one that is written in C, as cProfile, is no function and begins again by itself."""
+    if before is None or callable(before):
+        sys.setprofile(before)
+    else:
+        before.enable()
 
 
 @contextlib.contextmanager
