@@ -203,10 +203,11 @@ class RelativeAttention(nn.Module):
         if mask is not None:
             hidden = mask.unsqueeze(1).eq(0)
             lowest = torch.finfo(scores.dtype).min
-            self.attn = torch.softmax(scores.masked_fill(hidden, lowest), dim=-1).masked_fill(hidden, 0.0)
+            weights = torch.softmax(scores.masked_fill(hidden, lowest), dim=-1).masked_fill(hidden, 0.0)
         else:
-            self.attn = torch.softmax(scores, dim=-1)
-        y = (self.attn @ v).transpose(1, 2).contiguous().view(batch, -1, self.heads * self.size)
+            weights = torch.softmax(scores, dim=-1)
+        self.attn = weights.detach()  # for pictures
+        y = (weights @ v).transpose(1, 2).contiguous().view(batch, -1, self.heads * self.size)
         return self.linear_out(y)
 
 

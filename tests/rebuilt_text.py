@@ -139,7 +139,7 @@ class ChatBlock(nn.Module):
 
 
 class NanoChat(nn.Module):
-    """A GPT in nanochat's manner: before each block the trunk is scaled and mixed with its beginning; softcapped logits."""
+    """A GPT in nanochat's manner: before each block the trunk is mixed with its beginning; logits are capped softly."""
 
     def __init__(self, vocab=50, dim=32, heads=4, kv_heads=2, depth=4, context=24) -> None:
         super().__init__()
