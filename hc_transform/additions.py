@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -124,6 +125,7 @@ def _parameter_near(residual: Residual, modules: Mapping[str, nn.Module]) -> tor
     """Return a floating-point parameter of the branch, or what stands for one, for its device and dtype."""
     branch = [modules[str(node.target)] for node in residual.region if node.op == "call_module"]
     read = [value_of(n) for node in residual.region for n in node.all_input_nodes if is_lifted(n)]
-    held = [p for module in (*branch, modules[""]) for p in module.parameters()]
-    near = (p for p in (*read, *held, value_of(residual.skip)) if isinstance(p, torch.Tensor) and p.is_floating_point())
+    held = (p for module in (*branch, modules[""]) for p in module.parameters())  # not a list: the whole model's
+    candidates = chain(read, held, (value_of(residual.skip),))
+    near = (p for p in candidates if isinstance(p, torch.Tensor) and p.is_floating_point())
     return next(near, torch.empty(0))

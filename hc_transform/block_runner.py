@@ -31,6 +31,7 @@ from .structure import clone_structure
 from .trace import bind_inputs, raise_own_error
 from .trunks import Trunk, flow_of, regrouped
 from .variants import Variant, adopt_constants, decides_on_training, run_compiled, run_first
+from .watch import unwatched
 
 log = logging.getLogger("hc_transform")
 
@@ -127,7 +128,8 @@ class BlockRunner:
         self, block: nn.Module, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any
     ) -> Variant:
         try:
-            return self.trace(block, number, args, kwargs, change)
+            with unwatched():  # the tracer watches the block's code itself; ours need not be
+                return self.trace(block, number, args, kwargs, change)
         except Exception as error:
             given: Any = read_out((args, kwargs))
             raise_own_error(original_of(block), *given)

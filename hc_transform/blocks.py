@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from torch import fx, nn
 
@@ -20,6 +21,7 @@ from .planner import Plan
 from .tape import Call
 from .trunks import Trunk, as_skipped, way_between
 
+T = TypeVar("T")
 AROUND = "it is around a stack of blocks, which keep their hooks and checkpoints; scope='graph' takes both"
 
 
@@ -344,7 +346,9 @@ def _blocks(
     by_path: dict[str, list[Call]] = {}
     for call in residuals:
         by_path.setdefault(call.path, []).append(call)
-    carried = [node for trunk in plan.trunks for node in trunk.carried]
+    carried = _by_call((node, node) for trunk in plan.trunks for node in trunk.carried)
+    within = _by_call((r.add, r) for r in found)
+    trunk_of = {r.name: i for i, trunk in enumerate(plan.trunks) for r in trunk.residuals}
     blocks, notes = [], []
     for path, calls in by_path.items():
         several = len(calls) > 1
@@ -355,26 +359,37 @@ def _blocks(
             like = residuals[calls[0]] if shared else residuals[call]
             local = {r.name: relative(own.name, path) for r, own in zip(residuals[call], like, strict=False)}
             names = {r.add: local[r.name] for r in residuals[call]}
-            within = [r for r in found if call in r.add.meta.get("hc_calls", ())]
+            on_trunks: list[set[str]] = [set() for _ in plan.trunks]
+            for name, own_name in local.items():
+                on_trunks[trunk_of[name]].add(own_name)
             plans.append(
                 CallPlan(
                     steps[call],
                     tuple(r.name for r in residuals[call]),
-                    identities(within, names, path),
+                    identities(within.get(call, ()), names, path),
                     frozenset(local[name] for name in leaves.get(call, ())),
-                    tuple(frozenset(local[r.name] for r in t.residuals if r.name in local) for t in plan.trunks),
+                    tuple(map(frozenset, on_trunks)),
                 )
             )
         if several:
             how = "one set of connections for each" if not shared else "one set of connections shared by all"
             why = "" if apart or share_calls else " (its calls are not links of one chain, which would tell them apart)"
             notes.append(f"{path or 'the root'} is called {len(plans)} times: {how}{why}.")
-        nodes = [node for node in carried if {*calls}.intersection(node.meta.get("hc_calls", ()))]
+        nodes = [node for call in calls for node in carried.get(call, ())]
         for residual in (r for call in calls for r in residuals[call]):
             nodes += (residual.add, *residual.absorbed, *residual.skip_ops)
         blocks.append(BlockPlan(path, _scopes(path, nodes), tuple(plans), shared))
     counted = any(len({call.step for call in block.calls}) > 1 for block in blocks)
     return tuple(replace(block, counted=counted) for block in blocks), notes
+
+
+def _by_call(made: Iterable[tuple[fx.Node, T]]) -> dict[Call, list[T]]:
+    """Return things by the module calls around the nodes that they come with."""
+    found: dict[Call, list[T]] = {}
+    for node, thing in made:
+        for call in node.meta.get("hc_calls", ()):
+            found.setdefault(call, []).append(thing)
+    return found
 
 
 def _scopes(block: str, nodes: Iterable[fx.Node]) -> frozenset[str]:

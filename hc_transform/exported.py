@@ -19,6 +19,7 @@ from .planner import Plan, make_plan
 from .report import report_of
 from .rewrite import rewrite
 from .trace import describe
+from .unused import without_unused
 from .verify import run_like
 from .verify import verify as verify_graph
 
@@ -59,7 +60,7 @@ def plan_exported(program: Any, options: Options) -> Plan:
 
 
 def _plan_of(gm: fx.GraphModule, options: Options) -> Plan:
-    return make_plan(gm, find_residuals(gm), options)
+    return make_plan(gm, without_unused(find_residuals(gm)), options)
 
 
 def example_of(program: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Example | None:

@@ -21,6 +21,7 @@ from .planner import Plan, make_plan, refuse_nonlinear
 from .probe import opaque_adds
 from .trace import Trace, trace
 from .trunks import Trunk, flow_of
+from .unused import without_unused
 
 log = logging.getLogger("hc_transform")
 
@@ -54,7 +55,7 @@ def analyse(
     """
     wide = trace(model, inputs, hints=hints)
     findings = find_residuals(wide.graph_module)
-    plan = make_plan(wide.graph_module, findings, options)
+    plan = make_plan(wide.graph_module, without_unused(findings), options)
     plan = replace(plan, skipped=(*plan.skipped, *opaque_adds(model, wide)))
     scopes = _scopes(plan)
     if scopes == wide.inlined:

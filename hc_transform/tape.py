@@ -29,6 +29,7 @@ from .draws import host_states
 from .frames import user_frame, user_lines
 from .kinds import Kind, Kinds
 from .proxy import AppliedFunction, set_item
+from .row_sums import unflatten_row_sums
 from .state import seed_generators, state_restored
 from .structure import compiled_from, copy_inputs, has_hooks, keep_plain_tensors
 from .threads import replaced, uncompiled
@@ -320,6 +321,7 @@ class _Recorder(TorchFunctionMode):
 
     def finish(self, output: Any) -> fx.GraphModule:
         self.graph.output(tuple(self._node_of(t) for t in tensors_of(output)))
+        unflatten_row_sums(self.graph)
         root = nn.Module()
         for name in ("_parameters", "_buffers", "_modules"):
             root.__dict__[name] = dict(self.model.__dict__[name])

@@ -24,6 +24,7 @@ from .loosen import loosen
 from .proxy import UNKNOWN, AsksForGradients, CannotInline
 from .python_state import PythonState
 from .reads import is_shape_read
+from .row_sums import unflatten_row_sums
 from .state import Undo, saved_state, state_restored
 from .structure import clone_structure, copy_inputs, has_hooks, keep_plain_tensors
 from .threads import uncompiled
@@ -150,6 +151,7 @@ def trace(
             opaque[failure.path] = reason
             if not any(path.startswith(failure.path + ".") for path in inlined):
                 opaque.update({p: reason for p, m in model.named_modules() if type(m) is failed and p in inlined})
+    unflatten_row_sums(graph)
     _remove_unused_reads(graph)
     _hoist_decisions(graph)
     _check_placement(graph, work)

@@ -48,7 +48,7 @@ from .proxy import (
 from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
 from .state import is_generator
 from .structure import compiled_from, copy_inputs, has_hooks, stands_elsewhere
-from .watch import Watch
+from .watch import Watch, unwatched
 
 
 class ValueTracer(fx.Tracer):
@@ -178,7 +178,7 @@ class ValueTracer(fx.Tracer):
         **__: Any,
     ) -> Any:
         """Run the operation on the example values and record it."""
-        with self.watch.shared.paused():
+        with unwatched():
             return self._create_proxy(kind, target, args, kwargs, name, type_expr)
 
     def _create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any, type_expr: Any) -> Any:

@@ -177,19 +177,9 @@ class SharedState:
         try:
             yield
         finally:
-            sys.setprofile(before)
+            _profile_on(before)
             if collects:
                 gc.enable()
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Do not watch what runs meanwhile."""
-        before = sys.getprofile()
-        sys.setprofile(None)
-        try:
-            yield
-        finally:
-            sys.setprofile(before)
 
     def _profile(self, frame: Any, event: str, argument: Any) -> None:
         code, counts = frame.f_code, self.is_on()
@@ -225,6 +215,28 @@ class SharedState:
                 was.put_back()
         reason = "its code changes {!r}, which a graph would not"
         return [(was.where, reason.format(was.title)) for was in changed if was.where is not None]
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Do not watch what this thread runs meanwhile; a profiler of the user's goes on."""
+    before = sys.getprofile()
+    watched = isinstance(getattr(before, "__self__", None), SharedState)
+    if watched:
+        sys.setprofile(None)
+    try:
+        yield
+    finally:
+        if watched:
+            sys.setprofile(before)
+
+
+def _profile_on(before: Any) -> None:
+    """Let a profiler go on; one that is written in C, as cProfile, is no function and begins again by itself."""
+    if before is None or callable(before):
+        sys.setprofile(before)
+    else:
+        before.enable()
 
 
 @contextlib.contextmanager

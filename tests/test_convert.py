@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import cProfile
+import fractions
 import operator
+import sys
+import time
 
 import pytest
 import torch
@@ -311,3 +315,50 @@ def test_a_plain_tensor_on_the_root():
     model, x = Positioned(), torch.randn(2, 5, 8)
     hc = hct.convert(model, (x,))
     check_preserved(model, hc, (x,))
+
+
+def profile_in_c():
+    profiler = cProfile.Profile()
+    return profiler.enable, profiler.disable, lambda: len(profiler.getstats())
+
+
+def profile_in_python():
+    calls = []
+    return lambda: sys.setprofile(lambda *call: calls.append(call[1])), lambda: sys.setprofile(None), lambda: len(calls)
+
+
+@pytest.mark.parametrize("profiler", [profile_in_c, profile_in_python])
+def test_a_profiler_goes_on_after_conversion(profiler):
+    """Conversion has a profile function of its own in the meantime."""
+    start, stop, seen = profiler()
+    start()
+    try:
+        hct.convert(nn.Sequential(PreNormBlock()), (torch.randn(2, 8),), scope="blocks")
+        before = seen()
+        fractions.Fraction("1/3")
+    finally:
+        stop()
+    assert seen() > before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_seconds_of_conversion_grow_with_the_number_of_blocks(scope):
+    def seconds(depth):
+        model = nn.Sequential(*(PreNormBlock() for _ in range(depth)))
+        start = time.process_time()
+        hc = hct.convert(model, (torch.randn(2, 8),), scope=scope)
+        assert len(hc.hc_report.converted) == depth
+        return time.process_time() - start
+
+    seconds(2)
+    assert seconds(800) < 8 * min(seconds(200) for _ in range(2))
+
+
+class PreNormBlock(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+
+    def forward(self, x):
+        return x + self.f(x)

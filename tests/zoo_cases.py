@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from zoo_counts import TIMM, TORCHVISION
 from zoo_others import OTHERS
+from zoo_rebuilt import REBUILT
 
 Expected = Callable[[Callable[..., int]], int]
 
@@ -126,5 +127,5 @@ def _torchvision(name: str, expected: Expected) -> Case:
 CASES = [
     *(_timm(name, expected) for name, (expected, _) in TIMM.items()),
     *(_torchvision(name, expected) for name, (expected, _) in TORCHVISION.items()),
-    *(Case(name, make, inputs, expected, **settings) for name, make, inputs, expected, settings in OTHERS),
+    *(Case(name, make, inputs, expected, **settings) for name, make, inputs, expected, settings in [*OTHERS, *REBUILT]),
 ]
