@@ -269,9 +269,17 @@ def _broadcast(weights: Tensor, streams: Tensor) -> Tensor:
     return weights.reshape(-1, *(1,) * (streams.dim() - 1)) if weights.dim() == 1 else weights
 
 
-def separate(connections: nn.Module) -> None:
-    """Move all coefficients off their start, each differently, so that no two streams stay equal."""
+def separate(connections: nn.Module, longest: int = 1) -> None:
+    """Move all coefficients off their start, each differently, so that no two streams stay equal.
+
+    Streams grow by as much at each residual: on long trunks less is moved, for what is not finite tells nothing.
+
+    Args:
+        connections: whose parameters are coefficients.
+        longest: how many residuals the longest trunk has.
+    """
+    size = 0.1 * min(1.0, 32 / longest)
     with torch.no_grad():
         for parameter in connections.parameters():
             steps = torch.arange(1, parameter.numel() + 1, device=parameter.device, dtype=torch.float32)
-            parameter.add_(0.1 * torch.sin(steps).view_as(parameter).to(parameter.dtype))
+            parameter.add_(size * torch.sin(steps).view_as(parameter).to(parameter.dtype))

@@ -108,7 +108,7 @@ def verify(
         covered = plan.residuals and not apart
         if covered:
             try:
-                with separated(pair.connections):
+                with separated(pair.connections, plan):
                     judged = judge(pair)
                 where, apart = described_difference(plan, judged.wrong), judged.unclear
             except DecisionChanged:
@@ -221,11 +221,11 @@ class _Graphs(Pair):
 
 
 @contextmanager
-def separated(connections: nn.Module) -> Iterator[None]:
-    """Move all coefficients off their start, and put them back on exit."""
+def separated(connections: nn.Module, plan: Plan) -> Iterator[None]:
+    """Move all coefficients of ``plan`` off their start, and put them back on exit."""
     start = {name: value.clone() for name, value in connections.state_dict().items()}
     try:
-        separate(connections)
+        separate(connections, max((len(t.residuals) for t in plan.trunks), default=1))
         yield
     finally:
         connections.load_state_dict(start)

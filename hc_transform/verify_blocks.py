@@ -115,7 +115,7 @@ class _Blocks(Pair):
             HCTransformError: the reference fails.
         """
         try:
-            with separated(self.connections):
+            with separated(self.connections, self.plan):
                 errors = self.differences()
         except HCTransformError:
             excuse = self.excuse()
@@ -126,7 +126,7 @@ class _Blocks(Pair):
             return "", ""
         if excuse := self.excuse():
             return excuse, ""
-        with separated(self.connections):
+        with separated(self.connections, self.plan):
             judged = judge(self, errors)
         if not judged.wrong:
             return judged.unclear, judged.explained
@@ -154,7 +154,7 @@ class _Blocks(Pair):
     def first_difference(self) -> str | None:
         """Return a phrase that names the first residual whose streams differ from the reference's, if any."""
         try:
-            with separated(self.connections):
+            with separated(self.connections, self.plan):
                 judged = judge(self, self._differences_of_streams(self.reference()[1]))
         except HCTransformError:  # the error that this is to explain stands for itself
             return None

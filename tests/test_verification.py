@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 import numpy
 import pytest
 import torch
+from checks import error
 from torch import nn
 
 import hc_transform as hct
 from hc_transform.compare import compare, relative_error
-from hc_transform.verify import run_like
+from hc_transform.verify import run_like, separated
 
 
 class Block(nn.Module):
@@ -356,3 +357,23 @@ def test_dropout_of_values_that_lie_elsewise_in_memory(scope):
     model = nn.Sequential(Dropped(), Dropped(), Dropped()).train()
     note = next(n for n in hct.convert(model, (x,), scope=scope).hc_report.notes if "erified" in n)
     assert note == "Verified on the example inputs: largest relative error 0.0e+00."
+
+
+@pytest.mark.parametrize("connection", ["static", "dynamic", "mhc"])
+def test_streams_of_long_trunks_are_separated_and_finite(connection):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.f = nn.LayerNorm(8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.f(self.norm(x))
+
+    torch.manual_seed(0)
+    for depth in (3, 120):
+        model, x = nn.Sequential(*(Block() for _ in range(depth))).eval(), torch.randn(2, 3, 8)
+        hc = hct.convert(model, (x,), scope="graph", connection=connection, verify=False)
+        plan = hct.plan(model, (x,), scope="graph", connection=connection)
+        with separated(hc.get_submodule("hyper_connections"), plan), torch.no_grad():
+            moved = error(hc(x), model(x))
+        assert 1e-3 < moved < 1e3
