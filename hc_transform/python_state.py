@@ -134,7 +134,8 @@ class PythonState:
             if any(map(operator.is_not, value, entries)):
                 return f"{read} holds other entries than while tracing"
         for find, expected, read in slow:
-            value = frozen(find())
+            found = find()
+            value = found if found is expected else frozen(found)
             if type(value) is not type(expected) or value != expected:
                 return _changed(read, value)
         for holder, name, module, path in modules:

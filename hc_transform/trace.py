@@ -115,7 +115,8 @@ def trace(
         show_plain_tensors(work, inlined)
         for path in observed.intersection(inlined):  # the graph calls these, in place of the trace
             work.get_submodule(path)._forward_hooks = OrderedDict()
-        values = {} if inputs is None else copy_inputs(dict(inputs))
+        with torch.inference_mode(False):  # traced code may write into the copies
+            values = {} if inputs is None else copy_inputs(dict(inputs))
         try:
             # Grad mode is on so that a no_grad region shows in any mode.
             with state_restored(work), torch.inference_mode(False), torch.enable_grad(), uncompiled():

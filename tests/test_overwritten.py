@@ -128,6 +128,20 @@ def test_inference_mode_overwrites_too(scope: str) -> None:
 
 
 @pytest.mark.parametrize("scope", SCOPES)
+def test_inference_mode_traces_other_calls_that_overwrite(scope: str) -> None:
+    def does(self: Block, x: Tensor) -> Tensor:
+        x += self.f(x.clone())
+        return x * 2.0 if x.shape[1] > 4 else x
+
+    torch.manual_seed(0)
+    model = Model(does, does)
+    hc = hct.convert(copy.deepcopy(model), (torch.randn(2, 3, 8),), scope=scope)
+    with torch.inference_mode():
+        x = torch.randn(2, 6, 8)
+        torch.testing.assert_close(tuple(map(torch.as_tensor, hc(x))), model(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
 def test_a_graph_that_turns_out_not_to_fit_leaves_the_input_alone(scope: str) -> None:
     class Draws(nn.Module):
         def __init__(self) -> None:

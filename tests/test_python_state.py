@@ -713,6 +713,28 @@ def test_what_lists_and_dictionaries_hold_may_change(scope, change):
 
 
 @pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_what_stays_the_same_is_not_traced_again(scope, caplog):
+    class Functions(Held):
+        def __init__(self):
+            super().__init__()
+            self.functions = (torch.tanh, F.relu, len)
+            self.table = {"act": F.silu, "rows": [F.gelu]}
+
+        def forward(self, x):
+            return super().forward(x) + self.table["rows"][0](self.table["act"](self.functions[0](x)))
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Functions(), Functions()).eval(), torch.randn(2, 3, 8)
+    hc = hct.convert(copy.deepcopy(model), (x,), scope=scope)
+    for converted in (hc, copy.deepcopy(hc)):
+        converted(x)
+        with caplog.at_level(logging.INFO, "hc_transform"):
+            caplog.clear()
+            converted(x)
+            assert not [r for r in caplog.records if "traced" in r.getMessage()]
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
 def test_a_global_module_may_change(scope, monkeypatch):
     torch.manual_seed(0)
     model, x = nn.Sequential(Held(), Held()).eval(), torch.randn(2, 3, 8)
