@@ -160,7 +160,7 @@ def outer_first(trunks: Sequence[Trunk]) -> list[Trunk]:
         for t in trunks
     }
     ordered: list[Trunk] = []
-    waiting = list(trunks)
+    waiting = sorted(trunks, key=lambda t: -max(len(r.region) for r in t.residuals))  # where two are around each other
     while waiting:
         left = {t.index for t in waiting}
         trunk = next((t for t in waiting if left.isdisjoint(around[t.index])), waiting[0])
