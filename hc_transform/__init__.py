@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .block_module import block_graphs
+from .carried import carry
 from .carrier import TrunkValue
 from .connections import (
     CONNECTIONS,
@@ -39,7 +40,7 @@ from .regional import compile_regions
 from .report import Record, Report
 from .rewrite import rewrite
 from .sinkhorn import SinkhornError, sinkhorn, sinkhorn_error
-from .streams import Coefficients, FractionCoefficients, carry, expand, read, readout, write
+from .streams import Coefficients, FractionCoefficients, expand, read, readout, write
 from .trunks import Trunk
 
 __version__ = "0.1.0"

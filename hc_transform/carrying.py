@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from . import streams as ops
+from . import carried as ops
 from .dialects import OPERATORS, has_several_outputs, out_of_place, overwrites_first, statistics_of
 from .kinds import Kind, Kinds, name_of
 from .passage import IN_PLACE_OPERATORS
+from .streams import write, write_recomputed
 
 NORMS_OF_BATCHES = frozenset("batch_norm instance_norm".split())
 
@@ -91,7 +92,7 @@ def _in_place(node: fx.Node, kinds: Kinds) -> bool:
 
 def _sole_reader(node: fx.Node, streams: fx.Node) -> bool:
     value = next(a for a in node.args if isinstance(a, fx.Node))
-    return streams.target in (ops.write, ops.write_recomputed) and list(value.users) == [node]
+    return streams.target in (write, write_recomputed) and list(value.users) == [node]
 
 
 def _out_of_place(target: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:

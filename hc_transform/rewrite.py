@@ -23,6 +23,7 @@ from .additions import (
 )
 from .adds import location_of
 from .aliases import lost_writes
+from .carried import carry
 from .carrying import carried_call
 from .connections import Connection
 from .dialects import takes_first
@@ -269,7 +270,7 @@ class _TrunkRewriter:
         with self.graph.inserting_before(add):
             scale = self._scale(residual.scaled_skip)
             if scale is not None:
-                streams = self._new(ops.carry, ("mul", streams, scale), None, residual.add)
+                streams = self._new(carry, ("mul", streams, scale), None, residual.add)
             branch = self._term(residual.branch[0], residual)
             for term in residual.branch[1:]:
                 branch = self.graph.call_function(operator.add, (branch, self._term(term, residual)))

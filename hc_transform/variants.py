@@ -20,7 +20,7 @@ from .python_state import PythonState
 from .reads import is_shape_read
 from .state import modules_within, state_restored, undone_on
 from .structure import copy_inputs
-from .writes import of_engine
+from .writes import has_own_hooks, of_engine
 
 FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -114,16 +114,11 @@ def run(variant: Variant, module: nn.Module, args: Sequence[Any], kwargs: dict[s
     needs = variant.needs
     if not needs.late:
         return variant.forward(module, *args, **kwargs)
-    if needs.writes or any(map(_has_own_hooks, modules_within(module, needs.touched))):
+    if needs.writes or any(map(has_own_hooks, modules_within(module, needs.touched))):
         with state_restored(module):
             variant.forward(_without_hooks(module), *copy_inputs(tuple(args)), **copy_inputs(kwargs))
     with undone_on(DecisionChanged, module, needs.touched):
         return variant.forward(module, *args, **kwargs)
-
-
-def _has_own_hooks(module: nn.Module) -> bool:
-    """Whether hooks of the user's are called when ``module`` is."""
-    return any(not of_engine(hook) for name in FORWARD_HOOKS for hook in getattr(module, name).values())
 
 
 def _without_hooks(module: nn.Module) -> nn.Module:

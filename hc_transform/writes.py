@@ -89,3 +89,9 @@ def of_engine(hook: Any) -> bool:
     owner = type(getattr(hook, "__self__", hook)).__module__ or ""
     home = getattr(hook, "__module__", None) or ""
     return f"{owner}.".startswith(ENGINES) or f"{home}.".startswith(ENGINES)
+
+
+def has_own_hooks(module: Any) -> bool:
+    """Whether hooks that a user registered, and no engine, are called when ``module`` is."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return not all([of_engine(hook) for hook in hooks])

@@ -14,12 +14,11 @@ from torch import nn
 
 import hc_transform as hct
 from hc_transform import CONNECTIONS, Coefficients, DynamicConnection, FracConnection, StaticConnection
+from hc_transform.carried import carry_folded, carry_random
 from hc_transform.connections.constrained import prime_factors
 from hc_transform.connections.projection import project
 from hc_transform.streams import (
     PackedCoefficients,
-    carry_folded,
-    carry_random,
     distribute,
     entries,
     expand,
