@@ -147,16 +147,23 @@ def _around_parts(
     for trunk in trunks:
         adds = {r.add for r in trunk.residuals}
         for residual in trunk.residuals:
-            way = way_between(residual.skip, trunk.carried, adds)
-            inside = {homes[add] for add in adds.intersection(way.keys() | {residual.skip, residual.add})}
-            inside |= {homes[n] for operands in way.values() for n in operands if n in adds}
-            for node in way:
+            for node in _on_the_way(residual, trunk, adds, homes)[1]:
                 calls = node.meta.get("hc_calls", ())
-                if calls and calls[-1].path and not inside.intersection(calls):
+                if calls and calls[-1].path:
                     held = [add for add in adds if calls[-1] in stacks[add]]
                     if 0 < len(held) < len(adds):
                         found.add(calls[-1].path)
     return found
+
+
+def _on_the_way(
+    residual: Residual, trunk: Trunk, adds: set[fx.Node], homes: Mapping[fx.Node, Call]
+) -> tuple[set[fx.Node], list[fx.Node]]:
+    """Return what the way to a residual's skip begins with, and the operations on it that no block there does."""
+    way = way_between(residual.skip, trunk.carried, adds)
+    ends = {residual.skip, *(n for operands in way.values() for n in operands)} - way.keys()
+    inside = {homes[add] for add in (residual.add, *ends.intersection(adds))}
+    return ends, [n for n in sorted(way) if not inside.intersection(n.meta.get("hc_calls", ()))]
 
 
 def container(nodes: Iterable[fx.Node]) -> tuple[Call, ...]:
@@ -307,12 +314,10 @@ def _changed_on_the_way(
     residual: Residual, trunk: Trunk, adds: set[fx.Node], homes: Mapping[fx.Node, Call]
 ) -> fx.Node | None:
     """Return the first operation outside of blocks between a residual and the one before, if any."""
-    way = way_between(residual.skip, trunk.carried, adds)
-    ends = {residual.skip, *(n for operands in way.values() for n in operands)} - way.keys()
+    ends, outside = _on_the_way(residual, trunk, adds, homes)
     if not ends <= adds:
         return min(ends - adds)  # the residual before it went: its block stays as it is
-    inside = {homes[residual.add], *(homes[end] for end in ends)}
-    return next((n for n in sorted(way) if not inside.intersection(n.meta.get("hc_calls", ()))), None)
+    return next(iter(outside), None)
 
 
 def _piece(trunk: Trunk, residuals: list[Residual]) -> Trunk:
