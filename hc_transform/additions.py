@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -60,6 +60,15 @@ def make_connections(plan: Plan) -> dict[str, Connection]:
                 raise UnsupportedModel(f"{residual.name} ({residual.location}): {error}{hint}") from error
             made[residual.name] = _like(connection, residual, modules)
     return made
+
+
+def other_parameters(modules: Iterable[nn.Module], connections: Mapping[str, Connection]) -> int:
+    """Return how many parameters ``modules``, all that conversion adds, have beside ``connections``."""
+
+    def count(parts: Iterable[nn.Module]) -> int:
+        return sum({id(p): p.numel() for part in parts for p in part.parameters()}.values())
+
+    return count(modules) - count(connections.values())
 
 
 def _make_ends(plan: Plan) -> dict[str, nn.Module]:

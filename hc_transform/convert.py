@@ -15,17 +15,17 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram, UnflattenedModule
 
-from .additions import CONNECTIONS_NAME, connection_dict, make_connections
+from .additions import CONNECTIONS_NAME, connection_dict, make_connections, other_parameters
 from .compare import compare
 from .connections import ConnectionLike
 from .convert_blocks import convert_blocks, move_into
+from .dialects import name_of
 from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .examples import example_inputs
 from .exported import convert_exported, example_of, is_exported, plan_exported, refuse_choices
 from .find import find_residuals
 from .findings import Reason
 from .hints import Hints
-from .kinds import name_of
 from .module import HyperConnectedModule
 from .options import Options
 from .pipeline import Analysis, analyse
@@ -304,10 +304,8 @@ def _convert_graph(model: nn.Module, example: Example | None, expected: Any, wan
         found = verify_graph(model, converted, analysis.plan, *example, expected=expected)
         error = found.error
         notes.insert(0, found.note)
-    ends = sum(p.numel() for p in modules.parameters()) - sum(
-        p.numel() for connection in connections.values() for p in connection.parameters()
-    )
-    converted.hc_report = report_of(analysis.plan, connections, error, tuple(notes), ends)
+    others = other_parameters([modules], connections)
+    converted.hc_report = report_of(analysis.plan, connections, error, tuple(notes), others)
     return converted
 
 
@@ -335,9 +333,8 @@ def _convert_blocks(model: nn.Module, example: Example | None, expected: Any, wa
     notes += [f"Streams are read out and begin anew {cut}." for cut in planned.cuts]
     notes += [*planned.notes, OPTIMIZER_NOTE]
     connections = {r.name: modules[r.key] for r in plan.residuals}
-    counted = {id(p): p.numel() for m in modules.values() for p in m.parameters()}
-    ours = {id(p): p.numel() for m in connections.values() for p in m.parameters()}
-    report = report_of(plan, connections, error, tuple(notes), sum(counted.values()) - sum(ours.values()))
+    others = other_parameters(modules.values(), connections)
+    report = report_of(plan, connections, error, tuple(notes), others)
     if wanted.inplace:
         move_into(model, converted)
         converted = model

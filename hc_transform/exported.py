@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-from .additions import connection_dict, make_connections
+from .additions import connection_dict, make_connections, other_parameters
 from .dialects import is_complete
 from .errors import TraceError, UnsupportedModel
 from .find import find_residuals
@@ -104,9 +104,7 @@ def convert_exported(plan: Plan, example: Example | None, verify: bool, note: st
         found = verify_graph(original, converted, plan, *example, expected=expected)
         error = found.error
         notes.insert(0, found.note)
-    added = {id(p): p.numel() for m in modules.values() for p in m.parameters()}
-    ours = {id(p): p.numel() for m in connections.values() for p in m.parameters()}
-    report = report_of(plan, connections, error, tuple(notes), sum(added.values()) - sum(ours.values()))
+    report = report_of(plan, connections, error, tuple(notes), other_parameters([modules], connections))
     kept = {**converted.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}), "hc_report": report}
     converted.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = kept  # which copies have too
     converted.__dict__["hc_report"] = report
