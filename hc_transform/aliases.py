@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
-
-if TYPE_CHECKING:
-    from .proxy import ValueProxy
-
 
 WRITES = "hc_writes"  # in the meta of a node that writes into memory that outlives the graph: the operand, by number
 WRITES_INPUT = "hc_writes_input"  # whether that memory is an input's
@@ -84,13 +80,13 @@ class Aliases:
     """The living proxies of each piece of memory."""
 
     def __init__(self) -> None:
-        self._proxies: dict[int, list[weakref.ref[ValueProxy]]] = {}
+        self._proxies: dict[int, list[weakref.ref[Any]]] = {}
 
-    def add(self, proxy: ValueProxy) -> None:
+    def add(self, proxy: Any) -> None:
         """Remember a proxy whose value is a tensor."""
         self._proxies.setdefault(memory_of(proxy.hc_value), []).append(weakref.ref(proxy))
 
-    def of(self, tensor: torch.Tensor) -> Iterator[ValueProxy]:
+    def of(self, tensor: torch.Tensor) -> Iterator[Any]:
         """Yield the proxies of all tensors that share memory with ``tensor``."""
         memory = memory_of(tensor)
         for reference in self._proxies.get(memory, []):

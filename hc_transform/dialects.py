@@ -97,6 +97,17 @@ def operator_name(target: Any) -> str | None:
     return RENAMED.get(own) or FIRST_OUTPUTS.get(own, own)
 
 
+def name_of(node: fx.Node) -> str:
+    """Return the bare name of a function or method: "add" for ``+``, ``torch.add``, ``.add``, ``aten.add.Tensor``."""
+    target: Any = node.target
+    name = operator_name(target)
+    if isinstance(target, str):
+        name = target.rpartition(".")[2]
+    elif name is None:
+        name = str(getattr(target, "__name__", target))
+    return name.strip("_") if name.startswith("__") else name
+
+
 def _own_name(target: Any) -> str:
     packet = target.overloadpacket if isinstance(target, torch._ops.OpOverload) else target
     return str(packet.__name__)

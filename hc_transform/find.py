@@ -12,9 +12,9 @@ from torch import fx, nn
 from .adds import location_of, module_of, named
 from .aliases import is_seen_elsewhere, written_through
 from .ancestry import Ancestry
-from .dialects import is_complete, refuse_unknown, regions_of
+from .dialects import is_complete, name_of, refuse_unknown, regions_of
 from .findings import Findings, Reason, Residual, Shortcut, Skipped
-from .kinds import Kind, Kinds, is_tensor, name_of, shape_of
+from .kinds import Kind, Kinds, is_tensor, shape_of
 from .spellings import ADDITIONS, SHIFTS, Sum, Term, flattened, sum_of
 from .streams import summed_products
 

@@ -14,7 +14,7 @@ from .dialects import (
     first_alone,
     has_several_outputs,
     is_lifted,
-    operator_name,
+    name_of,
     size_of,
     takes_first,
     type_of,
@@ -269,17 +269,6 @@ def _together(kinds: list[Kind]) -> Kind:
 
 def _wide(parameter: torch.Tensor) -> bool:
     return parameter.numel() > max(parameter.shape)
-
-
-def name_of(node: fx.Node) -> str:
-    """Return the bare name of a function or method: "add" for ``+``, ``torch.add``, ``.add``, ``aten.add.Tensor``."""
-    target: Any = node.target
-    name = operator_name(target)
-    if isinstance(target, str):
-        name = target.rpartition(".")[2]
-    elif name is None:
-        name = str(getattr(target, "__name__", target))
-    return name.strip("_") if name.startswith("__") else name
 
 
 def has_known_home(node: fx.Node) -> bool:

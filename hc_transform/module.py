@@ -27,27 +27,14 @@ from .report import Report
 from .retrace import Retraced, foreign_tracer
 from .rewrite import rewritten_graph
 from .state import is_state, state_restored
-from .structure import keep_plain_tensors
+from .structure import REGISTERED_HOOKS, keep_plain_tensors
 from .threads import one_at_a_time
 from .trace import bind_inputs, raise_own_error
 from .variants import Variant, adopt_constants, run_compiled, run_first
 
 log = logging.getLogger("hc_transform")
 
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
+HOOKS = (*REGISTERED_HOOKS, "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
 NEVER_PICKLED = ("_graph", "_tracer_cls", "_tracer_extras", "_lineno_map", "_code", "_main", "_chosen")
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 from torch import fx, nn
 
 from .adds import location_of
+from .dialects import name_of
 from .errors import PatternError, UnsupportedModel
 from .findings import Findings, Reason, Residual, Skipped
 from .keys import with_keys
-from .kinds import Kinds, name_of, shape_of
+from .kinds import Kinds, shape_of
 from .nesting import without_nested
 from .options import Options
 from .passage import Passage, nonlinear_in

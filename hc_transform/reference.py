@@ -14,9 +14,9 @@ from torch import Tensor, fx, nn
 
 from .additions import expand_key, readout_key
 from .carrying import NORMS_OF_BATCHES
-from .dialects import has_several_outputs, statistics_of, takes_first
+from .dialects import has_several_outputs, name_of, statistics_of, takes_first
 from .findings import Residual
-from .kinds import Kind, Kinds, is_shape_read, name_of
+from .kinds import Kind, Kinds, is_shape_read
 from .planner import Plan
 from .streams import FractionCoefficients
 from .trunks import Trunk, readers_of

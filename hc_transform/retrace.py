@@ -5,16 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import fx
 
 from .proxy import ValueProxy
 from .rewrite import STREAMS
 from .streams import readout
-
-if TYPE_CHECKING:
-    from .module import HyperConnectedModule
 
 
 def foreign_tracer(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -34,7 +31,7 @@ class Retraced(fx.Interpreter):
         tracer: that traces it.
     """
 
-    def __init__(self, model: HyperConnectedModule, tracer: Any) -> None:
+    def __init__(self, model: fx.GraphModule, tracer: Any) -> None:
         super().__init__(model, garbage_collect_values=False)
         self.tracer = tracer
         self.names_modules = hasattr(tracer, "current_module_qualname")

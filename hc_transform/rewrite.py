@@ -34,6 +34,7 @@ from .keys import DROPOUT_KEY
 from .kinds import Kinds, is_shape_read, shape_of
 from .planner import Plan
 from .spellings import Term
+from .structure import REGISTERED_HOOKS
 from .trunks import Trunk, outer_first, readers_of, way_between
 
 log = logging.getLogger("hc_transform")
@@ -41,17 +42,6 @@ log = logging.getLogger("hc_transform")
 STREAMS = "hc_streams"  # in the meta of a node that gives the streams of a trunk value: how they are read out
 
 TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 
 
 def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connection] | None = None) -> fx.GraphModule:
@@ -83,7 +73,7 @@ def _take_over(result: fx.GraphModule, gm: fx.GraphModule) -> None:
         if name not in result.__dict__:
             own = isinstance(value, types.MethodType) and value.__self__ is gm
             result.__dict__[name] = types.MethodType(value.__func__, result) if own else value
-        elif name in TENSORS or name in HOOKS or name in ("meta", "training", "shape_env"):
+        elif name in TENSORS or name in REGISTERED_HOOKS or name in ("meta", "training", "shape_env"):
             result.__dict__[name] = copy.copy(value)
 
 

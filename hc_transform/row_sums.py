@@ -7,7 +7,8 @@ from operator import getitem
 import torch
 from torch import fx
 
-from .kinds import has_known_home, name_of, shape_of
+from .dialects import name_of
+from .kinds import has_known_home, shape_of
 
 
 def unflatten_row_sums(graph: fx.Graph) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .dialects import operator_name
+from .dialects import name_of
 from .writes import write_of
 
 VIEWS = frozenset(  # what returns its input's memory, or may
@@ -61,19 +61,13 @@ def _read_after(write: fx.Node, names: list[fx.Node], number: dict[fx.Node, int]
     return any(number[user] > number[write] for node in before for user in node.users)
 
 
-def _name(node: fx.Node) -> str:
-    return operator_name(node.target) or str(
-        node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    )
-
-
 def _is_view(node: fx.Node) -> bool:
     if not node.all_input_nodes or node.op not in ("call_function", "call_method"):
         return False
     if isinstance(node.target, torch._ops.OpOverload):
         returned = node.target._schema.returns
-        return bool(returned) and returned[0].alias_info is not None or _name(node) == "dropout"
-    return _name(node) in VIEWS
+        return bool(returned) and returned[0].alias_info is not None or name_of(node) == "dropout"
+    return name_of(node) in VIEWS
 
 
 def _written_by(node: fx.Node, modules: dict[str, Any]) -> fx.Node | None:
@@ -85,7 +79,7 @@ def _written_by(node: fx.Node, modules: dict[str, Any]) -> fx.Node | None:
         arguments = zip(node.target._schema.arguments, node.args, strict=False)
         target = next((a for s, a in arguments if s.alias_info is not None and s.alias_info.is_write), None)
     elif node.op in ("call_function", "call_method"):
-        name = "__setitem__" if _name(node) == "setitem" else _name(node)
+        name = "__setitem__" if name_of(node) == "setitem" else name_of(node)
         write = write_of(name, node.args, dict(node.kwargs))
         target = None if write is None else write.target
     return target if isinstance(target, fx.Node) else None

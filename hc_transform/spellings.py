@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .kinds import has_known_home, is_tensor, name_of
+from .dialects import name_of
+from .kinds import has_known_home, is_tensor
 from .streams import scattered, summed_products
 
 ADDITIONS = frozenset("add iadd radd".split())

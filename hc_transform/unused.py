@@ -6,8 +6,10 @@ from dataclasses import replace
 
 from torch import fx
 
+from .dialects import name_of
 from .findings import Findings, Reason
-from .kinds import IDENTITIES, MOVES, NORMS, POINTWISES, REDUCES, name_of
+from .kinds import IDENTITIES, MOVES, NORMS, POINTWISES, REDUCES
+from .passage import IN_PLACE_OPERATORS
 from .reads import is_shape_read
 from .trunks import as_skipped
 
@@ -44,5 +46,5 @@ def _used(graph: fx.Graph) -> set[fx.Node]:
 
 def _is_pure(node: fx.Node) -> bool:
     name = name_of(node)
-    writes = name.endswith("_") or name in ("iadd", "isub", "imul", "itruediv", "ipow") or "out" in node.kwargs
+    writes = name.endswith("_") or name in IN_PLACE_OPERATORS or "out" in node.kwargs
     return node.op in ("call_function", "call_method") and name in PURE and not writes
