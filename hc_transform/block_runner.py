@@ -203,9 +203,9 @@ class BlockRunner:
                 self._observed(block),
                 loose=True,
             )
-        plan, gm = with_keys_of(analysis.plan, self.plan.keys), analysis.trace.graph_module
-        left_out = analysis.left_out
-        plan = replace(plan, trunks=regrouped(plan.residuals, call.trunks, Kinds(gm)))
+        gm, left_out = analysis.trace.graph_module, analysis.left_out
+        plan = replace(analysis.plan, trunks=regrouped(analysis.plan.residuals, call.trunks, Kinds(gm)))
+        plan = with_keys_of(plan, self.plan.keys, self.plan.firsts)
         leaves = call.leaves
         if leaves.intersection(left_out):  # what is before it in the block hands the streams on
             leaves = leaves | {trunk.residuals[-1].name for trunk in plan.trunks}

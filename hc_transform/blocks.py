@@ -69,6 +69,20 @@ class BlockPlan:
         calls = self.calls[:1] if self.shared else self.calls
         return keys_of(relative(name, self.path) for call in calls for name in call.residuals)
 
+    @property
+    def firsts(self) -> dict[str, str]:
+        """The key of the block's first residual on the same trunk, by each residual's name below the block.
+
+        The modules that begin and end a trunk's streams stand under it, also where a call does without that residual.
+        """
+        keys, firsts = self.keys, {}
+        for on_trunk in zip(*(call.trunks for call in self.calls), strict=True):
+            names = [
+                str(k.name) for call, own in zip(self.calls, on_trunk, strict=True) for k in call.known if k.name in own
+            ]
+            firsts.update({name: keys[names[0]] for name in names})
+        return firsts
+
 
 def relative(name: str, block: str) -> str:
     """Return a residual's name below its block."""

@@ -206,7 +206,7 @@ def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
     return -1, None
 
 
-def with_keys_of(plan: Plan, keys: Mapping[str, str], firsts: Mapping[str, str] | None = None) -> Plan:
+def with_keys_of(plan: Plan, keys: Mapping[str, str], firsts: Mapping[str, str]) -> Plan:
     """Return the plan of one kind of call with the keys that its residuals have in the plan of all.
 
     Args:
@@ -218,7 +218,7 @@ def with_keys_of(plan: Plan, keys: Mapping[str, str], firsts: Mapping[str, str] 
         replace(
             t,
             residuals=tuple(replace(r, key=keys.get(r.name, r.key)) for r in t.residuals),
-            key=(firsts or {}).get(t.residuals[0].name, ""),
+            key=firsts.get(t.residuals[0].name, ""),
         )
         for t in plan.trunks
     )

@@ -30,6 +30,19 @@ class Block(nn.Module):
         return self.after(x + self.f(x))
 
 
+class Halves(nn.Module):
+    """Two residuals, the first of which is left out at a lot that is drawn in training mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g = (nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or torch.rand(()).item() < 0.5:
+            x = x + self.f(x)
+        return x + self.g(x)
+
+
 class Chain(nn.Module):
     """Blocks in a row."""
 
@@ -67,6 +80,8 @@ MODELS = {
     "the last": lambda: Chain(Block(0.0, nn.LayerNorm(D)), Block(0.7, nn.LayerNorm(D))),
     "the first": lambda: Chain(Block(0.7, nn.LayerNorm(D)), Block(0.0, nn.LayerNorm(D)), Block(0.0)),
     "any": lambda: Chain(*(Block(0.5, nn.LayerNorm(D)) for _ in range(3))),
+    "a part of a block": lambda: Chain(Halves()),
+    "parts of blocks": lambda: Chain(Halves(), Halves()),
     "calls of one block": lambda: Recurrent(0.5),
 }
 OPTIONS: dict[str, dict[str, Any]] = {
