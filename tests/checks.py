@@ -36,6 +36,16 @@ def wake(model):
     return model
 
 
+def moved(model, size=0.2, seed=1):
+    """Move the parameters that conversion added off their start, in order, so that streams differ; return the model."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "hyper_connections" in name:
+                parameter.add_(size * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
 def weighted(outputs):
     """A loss that no gradient vanishes under."""
     return sum(

@@ -28,7 +28,7 @@ import torch  # noqa: E402
 from tabulate import tabulate  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent))
-from checks import error, seeded, wake  # noqa: E402
+from checks import error, moved, seeded, wake  # noqa: E402
 
 import hc_transform as hct  # noqa: E402
 
@@ -97,16 +97,6 @@ def scaled(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def moved(model: torch.nn.Module) -> torch.nn.Module:
-    """Move all connections off their start, by the order of their residuals and not by their names."""
-    numbers = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "hyper_connections" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=numbers) * 0.05)
-    return model
-
-
 def check(name: str) -> Outcome:
     """Convert a model and what torch.export makes of it, and compare."""
     outcome = Outcome(name)
@@ -129,9 +119,9 @@ def check(name: str) -> Outcome:
         with torch.no_grad():
             expected = seeded(model, args, kwargs)
             outcome.start = max(error(seeded(m, args, kwargs), expected) for m in results)
-            plain, expected = expected, seeded(moved(converted), args, kwargs)
+            plain, expected = expected, seeded(moved(converted, 0.05, seed=3), args, kwargs)
             assert error(expected, plain) > 1e-4, "moved connections change nothing, so that nothing was compared"
-            outcome.apart = max(error(seeded(moved(m), args, kwargs), expected) for m in results)
+            outcome.apart = max(error(seeded(moved(m, 0.05, seed=3), args, kwargs), expected) for m in results)
         if not outcome.fine:
             outcome.problem = f"{sorted(rows[0] ^ rows[1])[:6]}"
     except Exception as problem:

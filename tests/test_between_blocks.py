@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from checks import moved
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -50,16 +51,6 @@ def converted(between, **options):
     assert len(hc.hc_report.converted) == 3 and {r.trunk for r in hc.hc_report.converted} == {0}
     model.active = hc.active = True
     return model, hc
-
-
-def apart(hc):
-    """Move all coefficients off their start, so that the streams differ."""
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in hc.named_parameters():
-            if "hyper_connections" in name:
-                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return hc
 
 
 def trunk_value(grad=False):
@@ -205,7 +196,7 @@ IN_GRAPH = [f for f in CARRIED[:-1] + MOVED if f.__name__ not in PAST_DYNAMO]
 @pytest.mark.parametrize("write", IN_GRAPH, ids=lambda f: f.__name__.strip("_"))
 def test_compiled_code_writes_as_eager_code_does(write):
     _, hc = converted(write, connection="static")
-    apart(hc)
+    moved(hc, 0.3)
     x = torch.randn(2, D)
     torch._dynamo.reset()
     with torch.no_grad():
@@ -305,7 +296,7 @@ class Checking(Stack):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_it_is_a_tensor(compiled):
     model, x = Checking(), torch.randn(1, 3, D)
-    hc = apart(hct.convert(model, (x,), scope="blocks", num_streams=N, connection="static"))
+    hc = moved(hct.convert(model, (x,), scope="blocks", num_streams=N, connection="static"), 0.3)
     with torch.no_grad():
         expected = Stack.forward(hc, x)
         actual = torch.compile(hc, backend="aot_eager", fullgraph=True)(x) if compiled else hc(x)
@@ -347,7 +338,7 @@ class Checkpointed(Stack):
 
 def test_compiled_checkpoints_keep_the_streams():
     x = torch.randn(2, D)
-    hc = apart(hct.convert(Checkpointed(), (x,), scope="blocks", num_streams=N, connection="static"))
+    hc = moved(hct.convert(Checkpointed(), (x,), scope="blocks", num_streams=N, connection="static"), 0.3)
     torch._dynamo.reset()
     compiled = torch.compile(hc, backend="aot_eager", fullgraph=True)
     outputs = []
@@ -380,7 +371,7 @@ def test_streams_between_compiled_blocks_cost_nothing():
 
 def test_a_block_compiled_by_itself_takes_and_gives_streams():
     x = torch.randn(2, D)
-    hc = apart(hct.convert(Stack(), (x,), scope="blocks", num_streams=N, connection="static"))
+    hc = moved(hct.convert(Stack(), (x,), scope="blocks", num_streams=N, connection="static"), 0.3)
     expected = hc(x).detach()
     torch._dynamo.reset()
     for layer in hc.layers:
@@ -459,7 +450,7 @@ HOOKS = {
 
 @pytest.mark.parametrize("hook", HOOKS)
 def test_hooks_registered_later_see_readouts(hook):
-    hc, x, log = apart(hooked()), torch.randn(2, D), []
+    hc, x, log = moved(hooked(), 0.3), torch.randn(2, D), []
     handle = HOOKS[hook](hc.layers[1], log)
     value = hc(x)
     states = [x]
@@ -473,7 +464,7 @@ def test_hooks_registered_later_see_readouts(hook):
 
 
 def test_what_a_hook_writes_in_place_moves_the_streams():
-    hc, x = apart(hooked()), torch.randn(2, D)
+    hc, x = moved(hooked(), 0.3), torch.randn(2, D)
     with torch.no_grad():
         with hc.layers[0].register_forward_hook(lambda m, a, o: o + 0.5):
             expected = hc(x)

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import error
+from checks import error, moved
 from torch import fx, nn
 
 import hc_transform as hct
@@ -18,16 +18,6 @@ from hc_transform.spellings import sum_of
 
 D = 8
 SCOPES = ["graph", "blocks"]
-
-
-def separate(model):
-    """Move connections off their start, alike for models with the same ones."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "hyper_connections" in name:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
 
 
 class Block(nn.Module):
@@ -218,7 +208,7 @@ def test_an_operation_written_out_is_carried_as_one(what, scope):
         model = nn.Sequential(*[PostNorm(norm) for _ in range(3)])
         hc = hct.convert(model, (x,), scope=scope, connection="static", init="paper")
         assert {r.trunk for r in hc.hc_report.converted} == {0}
-        results.append(separate(hc)(x))
+        results.append(moved(hc, seed=3)(x))
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
@@ -264,7 +254,7 @@ def test_the_embeddings_mixed_into_each_layer_are_carried_alike_in_both_scopes()
         torch.manual_seed(0)
         hc = hct.convert(Layers(), (x,), scope=scope, connection="static")
         assert [(len(hc.hc_report.converted), {r.trunk for r in hc.hc_report.converted})] == [(8, {0})]
-        results.append(separate(hc)(x))
+        results.append(moved(hc, seed=3)(x))
     torch.testing.assert_close(*results)
 
 

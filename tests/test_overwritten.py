@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checks import moved
 from torch import Tensor, nn
 
 import hc_transform as hct
@@ -77,14 +78,6 @@ class Model(nn.Module):
         for block in self.blocks:
             h = block(h)
         return h, given
-
-
-def moved(model: nn.Module) -> None:
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "hyper_connections" in name:
-                p.add_(0.1 * torch.randn_like(p))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
@@ -175,7 +168,7 @@ def test_scopes_agree_off_the_start(kinds: tuple) -> None:
     outputs = []
     for scope in SCOPES:
         hc = hct.convert(copy.deepcopy(model), (x,), scope=scope)
-        moved(hc)
+        moved(hc, 0.1, seed=3)
         with torch.no_grad():
             outputs.append(hc(x)[0] + 0)
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)

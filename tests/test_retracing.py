@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from checks import moved
 from torch import Tensor, fx, nn
 from torch.func import functional_call, stack_module_state, vmap
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
@@ -41,21 +42,12 @@ class Net(nn.Module):
         return self.norm(x)
 
 
-def moved(model: nn.Module) -> Any:
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "hyper_connections" in name:
-                p.add_(0.2 * torch.randn(p.shape, generator=generator))
-    return model
-
-
 @pytest.mark.parametrize("around", [False, True], ids=["itself", "in another model"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_torch_fx_traces_a_converted_model(scope: str, around: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8)
-    hc = moved(hct.convert(Net().eval(), (x,), scope=scope))
+    hc = moved(hct.convert(Net().eval(), (x,), scope=scope), seed=0)
     model = nn.Sequential(nn.Linear(8, 8), hc, nn.Linear(8, 3)).eval() if around else hc
     traced = fx.symbolic_trace(model)
     traced.graph.lint()
@@ -88,7 +80,7 @@ def test_feature_extractors_find_what_modules_return(scope: str) -> None:
         start = create_feature_extractor(hc, wanted)(x)
         for name, value in expected.items():
             torch.testing.assert_close(torch.as_tensor(start[name]), value, rtol=1e-5, atol=1e-5)
-        output = moved(hc)(x)
+        output = moved(hc, seed=0)(x)
         features = create_feature_extractor(hc, {**wanted, "fc": "d"})(x)
     torch.testing.assert_close(features["d"], torch.as_tensor(output))
     assert features["a"].shape == expected["a"].shape
@@ -99,7 +91,7 @@ def test_copies_make_an_ensemble(scope: str) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 5, 8)
     hc = hct.convert(Net().eval(), (x,), scope=scope)
-    models = [moved(copy.deepcopy(hc)) for _ in range(3)]
+    models = [moved(copy.deepcopy(hc), seed=0) for _ in range(3)]
     with torch.no_grad():
         for i, model in enumerate(models):
             for p in model.parameters():
