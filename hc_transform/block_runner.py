@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from .additions import CONNECTIONS_NAME
 from .blocks import BlockPlan
 from .carrier import TrunkValue, enter, hand_on, holds_streams, is_trunk_value, read_out
+from .configuration import configuration_of
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from .hints import Hints
 from .keys import EXPAND, READOUT
@@ -30,7 +31,7 @@ from .state import state_restored
 from .structure import clone_structure
 from .trace import bind_inputs, raise_own_error
 from .trunks import Trunk, flow_of, regrouped
-from .variants import Variant, adopt_constants, decides_on_training, run_compiled, run_first
+from .variants import Captures, Variant, adopt_constants, decides_on_training, run_compiled, run_first
 from .watch import unwatched
 
 log = logging.getLogger("hc_transform")
@@ -52,12 +53,14 @@ class BlockRunner:
         plan: what the block's calls are to do.
         options: as for the whole model.
         hints: those for modules below the block.
+        captures: what the blocks of one model share.
     """
 
-    def __init__(self, plan: BlockPlan, options: Options, hints: Hints) -> None:
+    def __init__(self, plan: BlockPlan, options: Options, hints: Hints, captures: Captures) -> None:
         self.plan = plan
         self.options = options
         self.hints = hints
+        self.captures = captures
         calls = {call.step: call for call in reversed(plan.calls)}  # those of one step do the same
         self.calls = tuple(calls[step] for step in sorted(calls))
         self.variants: dict[Any, list[Variant]] = {}
@@ -84,8 +87,7 @@ class BlockRunner:
         variant, result = run_first(self._candidates(key), block, block, args, kwargs)
         own = self.variants.setdefault(key, [])
         if variant is None:
-            variant = self._traced(block, number, args, kwargs, result)
-            result = variant.forward(block, *args, **kwargs)
+            variant, result = self._captured(block, key, args, kwargs, result)
         if variant not in own:
             own.append(variant)
         return self._passed_on(block, variant, number, (args, kwargs), result)
@@ -123,6 +125,28 @@ class BlockRunner:
             return made
 
         return pytree.tree_map(one, result, is_leaf=is_trunk_value)
+
+    def _captured(
+        self, block: nn.Module, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any
+    ) -> tuple[Variant, Any]:
+        """Return a graph for a new kind of call, and what it gives: that of a block alike, else a new one."""
+        alike, streams = self._alike(block, key), _streams_of(block, args, kwargs)
+        twins = (twin for twin in self.captures.twins(alike) if streams <= _entered(twin.graph))
+        variant, result = run_first(twins, block, block, args, kwargs)
+        if variant is not None:
+            return variant, result
+        variant = self._traced(block, key[0], args, kwargs, change)
+        self.captures.add(alike, variant)
+        return variant, variant.forward(block, *args, **kwargs)
+
+    def _alike(self, block: nn.Module, key: Any) -> Any:
+        """Return what is equal for calls of blocks that do the same, as far as can be told without running them."""
+        plan, call = self.plan, self.calls[key[0]]
+        begins = call.step == 0 and self.options.stream_embedding
+        place = call.step if plan.counted else begins
+        own = (*plan.keys.items(), *plan.firsts.items())
+        what = (plan.scopes, plan.counted, own, call.known, call.leaves, call.trunks, place)
+        return configuration_of(block), what, key[1:]
 
     def _traced(
         self, block: nn.Module, number: int, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any
@@ -210,7 +234,7 @@ class BlockRunner:
         if leaves.intersection(left_out):  # what is before it in the block hands the streams on
             leaves = leaves | {trunk.residuals[-1].name for trunk in plan.trunks}
             _refuse_end_of_streams(plan, self.plan)
-        streams = [name for name, value in bind_inputs(original, args, kwargs).items() if holds_streams(value)]
+        streams = _streams_of(original, args, kwargs)
         plan = Plan(gm, linked(plan, leaves, call.step, self.plan, self.options, streams), plan.skipped, self.options)
         graph = rewritten_graph(gm, plan)
         adopt_constants(block, graph, gm)
@@ -284,6 +308,17 @@ def _input_of(node: fx.Node) -> str | None:
     while node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
         node = node.args[0]  # type: ignore[assignment]
     return str(node.target) if node.op == "placeholder" else None
+
+
+def _streams_of(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> frozenset[str]:
+    """Return the names of a block's inputs that come as streams."""
+    return frozenset(name for name, value in bind_inputs(block, args, kwargs).items() if holds_streams(value))
+
+
+def _entered(graph: fx.Graph) -> frozenset[str]:
+    """Return the names of the inputs that a block's graph takes streams from."""
+    entries = (_input_of(node.args[0]) for node in graph.nodes if node.target is enter)  # type: ignore[arg-type]
+    return frozenset(name.lstrip("*") for name in entries if name is not None)
 
 
 def original_of(block: nn.Module) -> nn.Module:

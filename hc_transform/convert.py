@@ -31,7 +31,7 @@ from .options import Options
 from .pipeline import Analysis, analyse
 from .planner import Plan
 from .report import report_of
-from .state import generators_seeded
+from .state import generators_seeded, no_inference_mode
 from .structure import clone_structure, in_other_mode, uncompile
 from .tape import record
 from .threads import one_at_a_time, uncompiled
@@ -156,7 +156,7 @@ def convert(
     if is_exported(model):
         _check_exported(model, args, kwargs, scope, wrap_functions, leaf_modules, inline_modules)
         refuse_choices(inplace=inplace, share_calls=share_calls)
-        with torch.inference_mode(False):
+        with no_inference_mode():
             made = _plan_exported(model, options)
             return convert_exported(made, example_of(model, tuple(args), kwargs), verify, OPTIMIZER_NOTE)
     if inplace and scope == "graph":
@@ -169,7 +169,7 @@ def convert(
             "torch.device('meta')"
         )
     # New parameters are to be ordinary ones, and what is compiled in the model is looked into.
-    with torch.inference_mode(False), generators_seeded(model), uncompiled():
+    with no_inference_mode(), generators_seeded(model), uncompiled():
         example, expected = _prepare(model, args, kwargs, scope)
         hints = _hints(wrap_functions, leaf_modules, inline_modules)
         full = full_mode(model, example)
@@ -368,7 +368,7 @@ def plan(
         return _plan_exported(model, checked)
     refuse_unsupported(model)
     assert isinstance(model, nn.Module)
-    with torch.inference_mode(False), generators_seeded(model), uncompiled():
+    with no_inference_mode(), generators_seeded(model), uncompiled():
         example, _ = _prepare(model, args, kwargs, scope)
         hints = _hints(wrap_functions, leaf_modules, inline_modules)
         return _plan(full_mode(model, example) or model, example, checked, hints, scope)

@@ -27,6 +27,7 @@ from .structure import clone_structure, compiled_from, in_other_mode
 from .tape import Tape, record
 from .trace import describe
 from .trunks import as_skipped
+from .variants import Captures
 from .verify import run_like
 
 ATTEMPTS = 20  # blocks of one model that turn out not to be traceable
@@ -136,6 +137,7 @@ def _install(
 ) -> dict[str, Any]:
     """Make the blocks of ``model`` run graphs; return the new modules by the keys they have on the tape."""
     by_key: dict[str, Any] = {}
+    captures = Captures()
     ends = connection_dict({}, planned.plan)
     keys = {r.name: r.key for r in planned.plan.residuals}
     for block in planned.blocks:
@@ -150,7 +152,7 @@ def _install(
                     own[own_keys[relative(name, block.path)]] = by_key[keys[name]] = connections[name]
         _add_ends(own, block, planned.plan, ends, by_key)
         within = replace(hints, leaf_modules=(), inline_modules=())  # which name paths of the whole model
-        install(module, BlockRunner(block, planned.plan.options, within), nn.ModuleDict(own))
+        install(module, BlockRunner(block, planned.plan.options, within, captures), nn.ModuleDict(own))
     for owner in _owners(planned):
         model.get_submodule(owner).register_forward_hook(read_outputs)
     return by_key

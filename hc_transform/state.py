@@ -23,6 +23,14 @@ MOST = 50_000  # Python values that are looked at; what is behind them is left a
 
 
 @contextlib.contextmanager
+def no_inference_mode() -> Iterator[None]:
+    """Make ordinary tensors, in the grad mode that the caller is in: ``inference_mode(False)`` alone turns it on."""
+    recorded = torch.is_grad_enabled()
+    with torch.inference_mode(False), torch.set_grad_enabled(recorded):
+        yield
+
+
+@contextlib.contextmanager
 def state_restored(model: nn.Module) -> Iterator[None]:
     """Put the buffers, the plain attributes of modules and the random generators back on exit."""
     restore = saved_state(model)

@@ -182,6 +182,9 @@ class ValueTracer(fx.Tracer):
             return self._create_proxy(kind, target, args, kwargs, name, type_expr)
 
     def _create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any, type_expr: Any) -> Any:
+        if self.evaluating:
+            reason = "code that stays whole closes over values that are traced, as functions of attention masks do"
+            raise CannotInline(self._paths[-1], reason)
         if not self.probing and _context_state() != self._context:
             raise CannotInline(
                 self._paths[-1], "it changes the grad mode or autocast state, which a graph does not hold"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from .errors import DecisionChanged
 from .flat import flatten_graph, unflatten_graph
 from .graph_code import shared_function_of
 from .guards import CHECKS, HINT
-from .python_state import PythonState
+from .python_state import PythonState, is_plain
 from .reads import is_shape_read
 from .state import modules_within, state_restored, undone_on
 from .structure import copy_inputs
@@ -67,6 +67,13 @@ class Variant:
         self.whole = self.forward = forward or shared_function_of(graph)
         self.needs = needs_of(graph)
 
+    def twin(self) -> Variant:
+        """Return the same graph for another module, which is to be in the same Python state."""
+        new = object.__new__(Variant)
+        new.__dict__.update(self.__dict__)
+        new.state = copy.deepcopy(self.state)
+        return new
+
     def __reduce__(self) -> Any:
         return _variant, (flatten_graph(self.graph), self.state, self.left_out)
 
@@ -76,6 +83,35 @@ class Variant:
 
 def _variant(rows: list[tuple[Any, ...]], state: PythonState, left_out: tuple[str, ...]) -> Variant:
     return Variant(unflatten_graph(rows), state, left_out)
+
+
+class Captures:
+    """The graphs of a model's blocks, for those that are alike to share."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, list[Variant]] = {}
+
+    def __reduce__(self) -> Any:
+        return Captures, ()
+
+    def add(self, alike: Hashable, variant: Variant) -> None:
+        """Offer a graph to blocks that are ``alike``; one that holds objects or tensors of its own is no one else's."""
+        if not _holds_objects(variant.graph):
+            self._made.setdefault(alike, []).append(variant)
+
+    def twins(self, alike: Hashable) -> Iterator[Variant]:
+        """Yield the graphs of blocks that are ``alike``, made for the one that asks."""
+        for variant in list(self._made.get(alike, ())):
+            yield variant.twin()
+
+
+def _holds_objects(graph: fx.Graph) -> bool:
+    held: list[Any] = []
+    for node in graph.nodes:
+        if node.op == "get_attr" and str(node.target).startswith("_tensor_constant"):
+            return True
+        fx.node.map_aggregate((node.args, node.kwargs), held.append)  # type: ignore[arg-type, func-returns-value]
+    return not all(isinstance(value, (fx.Node, range, type(...))) or is_plain(value) for value in held)
 
 
 def run_first(

@@ -223,12 +223,14 @@ class _Graphs(Pair):
 @contextmanager
 def separated(connections: nn.Module, plan: Plan) -> Iterator[None]:
     """Move all coefficients of ``plan`` off their start, and put them back on exit."""
-    start = {name: value.clone() for name, value in connections.state_dict().items()}
+    start = [(value, value.detach().clone()) for value in (*connections.parameters(), *connections.buffers())]
     try:
         separate(connections, max((len(t.residuals) for t in plan.trunks), default=1))
         yield
     finally:
-        connections.load_state_dict(start)
+        with torch.no_grad():
+            for value, before in start:
+                value.copy_(before)
 
 
 def described_difference(plan: Plan, wrong: Mapping[str, float]) -> str | None:

@@ -158,7 +158,8 @@ class SharedState:
         self.where = where
         self.names: set[str] = set()  # that the code mentions
         self.seen: dict[tuple[int, str], _Shared] = {}
-        self._codes: dict[tuple[int, bool], types.CodeType] = {}
+        self._codes: dict[int, types.CodeType] = {}  # that ran, by their ids
+        self._counted: set[int] = set()  # ids of those that count
         self._packages: set[str] = set()  # that the model's own classes are of
         for path, module in root.named_modules():
             for cls in type(module).__mro__:
@@ -182,10 +183,14 @@ class SharedState:
                 gc.enable()
 
     def _profile(self, frame: Any, event: str, argument: Any) -> None:
-        code, counts = frame.f_code, self.is_on()
-        if event != "call" or (id(code), counts) in self._codes:
+        if event != "call":
             return
-        self._codes[id(code), counts] = code
+        code = frame.f_code
+        if id(code) in self._codes and (id(code) in self._counted or not self.is_on()):
+            return
+        self._codes[id(code)], counts = code, self.is_on()
+        if counts:
+            self._counted.add(id(code))
         if code.co_filename.startswith(INTERNAL_FILES) or self._is_of_a_library(code, frame.f_globals):
             return
         space, where = frame.f_globals, self.where() if counts else None
