@@ -20,25 +20,25 @@ from .kinds import shape_of
 from .planner import Plan, feature_axis
 from .trunks import Trunk
 
-CONNECTIONS_NAME = "hyper_connections"
-
 
 def expand_key(trunk: Trunk) -> str:
-    """Return the key of a trunk's stream embedding, after its first residual."""
-    return (trunk.key or trunk.residuals[0].key) + EXPAND
+    """Return the path of a trunk's stream embedding, beside the connection of its first residual."""
+    return (trunk.keys[0] if trunk.keys else trunk.residuals[0].key) + EXPAND
 
 
 def readout_key(trunk: Trunk) -> str:
-    """Return the key of a trunk's learnt readout, after its first residual."""
-    return (trunk.key or trunk.residuals[0].key) + READOUT
+    """Return the path of a trunk's learnt readout, beside the connection of its last residual."""
+    return (trunk.keys[1] if trunk.keys else trunk.residuals[-1].key) + READOUT
 
 
-def connection_dict(connections: Mapping[str, Connection], plan: Plan) -> nn.ModuleDict:
-    """Return all new modules of a plan as one: the connections, by the keys of the residuals, and what its
-    options ask for besides (readouts, embeddings, dropout).
+def new_modules(connections: Mapping[str, Connection], plan: Plan) -> dict[str, nn.Module]:
+    """Return all new modules of a plan by their paths.
+
+    Those are the connections, at the keys of the residuals, and what its options ask for besides (readouts,
+    embeddings, dropout).
     """
     keys = {r.name: r.key for r in plan.residuals}
-    return nn.ModuleDict({**{keys[name]: made for name, made in connections.items()}, **_make_ends(plan)})
+    return {**{keys[name]: made for name, made in connections.items()}, **make_ends(plan)}
 
 
 def make_connections(plan: Plan) -> dict[str, Connection]:
@@ -71,7 +71,7 @@ def other_parameters(modules: Iterable[nn.Module], connections: Mapping[str, Con
     return count(modules) - count(connections.values())
 
 
-def _make_ends(plan: Plan) -> dict[str, nn.Module]:
+def make_ends(plan: Plan) -> dict[str, nn.Module]:
     """Return the modules of trunks, as opposed to those of residuals."""
     modules = dict(plan.graph_module.named_modules(remove_duplicate=False))
     options = plan.options

@@ -8,25 +8,26 @@ work as before.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
 
-from .additions import CONNECTIONS_NAME
 from .block_runner import BASE, RUNNER, BlockRunner
 from .carrier import read_out
 from .errors import UnsupportedModel
 from .hooks import observe
+from .keys import add_modules
 
 BACKWARD_HOOKS = ("register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook")
 
 
-def install(block: nn.Module, runner: BlockRunner, modules: nn.ModuleDict) -> None:
-    """Make ``block`` run ``runner``'s graphs, with the new ``modules`` under ``hyper_connections``."""
+def install(block: nn.Module, runner: BlockRunner, modules: Mapping[str, nn.Module]) -> None:
+    """Make ``block`` run ``runner``'s graphs, with new ``modules`` at their paths below it."""
     base: Any = type(block)
     block.__class__ = block_class(base)
     block.__dict__[RUNNER] = runner
-    block.add_module(CONNECTIONS_NAME, modules.train(block.training))
+    add_modules(block, modules.items())
     for registry, before in ((block._forward_hooks, False), (block._forward_pre_hooks, True)):
         for key, hook in registry.items():
             registry[key] = observe(hook, before)

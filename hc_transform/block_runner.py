@@ -14,13 +14,12 @@ import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .additions import CONNECTIONS_NAME
 from .blocks import BlockPlan
 from .carrier import TrunkValue, enter, hand_on, holds_streams, is_trunk_value, read_out
 from .configuration import configuration_of
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from .hints import Hints
-from .keys import EXPAND, READOUT
+from .keys import EXPAND, READOUT, added_modules, take_out
 from .kinds import Kinds, is_tensor
 from .options import Options
 from .passage import Flow, Passage
@@ -102,7 +101,7 @@ class BlockRunner:
             return result
         inputs = [v for v in pytree.tree_leaves(given, is_leaf=is_trunk_value) if isinstance(v, torch.Tensor)]
         mode = "sum" if self.options.readout == "sum" else "mean"
-        ends: Any = block.get_submodule(CONNECTIONS_NAME)
+        ends: dict[str, Any] = added_modules(block)
         begin = next((module for key, module in ends.items() if key.endswith(EXPAND)), None)
         finish = next((module for key, module in ends.items() if key.endswith(READOUT)), None)
 
@@ -144,7 +143,7 @@ class BlockRunner:
         plan, call = self.plan, self.calls[key[0]]
         begins = call.step == 0 and self.options.stream_embedding
         place = call.step if plan.counted else begins
-        own = (*plan.keys.items(), *plan.firsts.items())
+        own = (*plan.keys.items(), *plan.ends.items())
         what = (plan.scopes, plan.counted, own, call.known, call.leaves, call.trunks, place)
         return configuration_of(block), what, key[1:]
 
@@ -229,7 +228,7 @@ class BlockRunner:
             )
         gm, left_out = analysis.trace.graph_module, analysis.left_out
         plan = replace(analysis.plan, trunks=regrouped(analysis.plan.residuals, call.trunks, Kinds(gm)))
-        plan = with_keys_of(plan, self.plan.keys, self.plan.firsts)
+        plan = with_keys_of(plan, self.plan.keys, self.plan.ends)
         leaves = call.leaves
         if leaves.intersection(left_out):  # what is before it in the block hands the streams on
             leaves = leaves | {trunk.residuals[-1].name for trunk in plan.trunks}
@@ -330,8 +329,8 @@ def original_of(block: nn.Module) -> nn.Module:
         if name.endswith("_hooks") and isinstance(value, dict):
             shell.__dict__[name] = OrderedDict()
     del shell.__dict__[RUNNER]
-    shell.__dict__["_modules"] = {k: m for k, m in block._modules.items() if k != CONNECTIONS_NAME}
     copied = clone_structure(shell)
+    take_out(copied)
     for module in copied.modules():
         module._forward_hooks = OrderedDict()  # they would see what is evaluated while tracing
         # Hugging Face's layers checkpoint in ``forward``; ours is wrapped in that too

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from .findings import Reason, Residual, Skipped
 from .identity import Identity, identities, relative_path
-from .keys import keys_of
+from .keys import relative
 from .planner import Plan
 from .tape import Call
 from .trunks import Trunk, as_skipped, way_between
@@ -53,6 +53,7 @@ class BlockPlan:
         path: of the module.
         scopes: paths below it of the modules whose code becomes part of its graph.
         calls: what each call is to do; calls with the same step do the same.
+        keys: paths of its connections below it, by the names that their residuals have below it.
         shared: whether all calls use the connections of the first one.
         counted: whether streams count the blocks that they pass, for blocks that are called several times.
     """
@@ -60,37 +61,23 @@ class BlockPlan:
     path: str
     scopes: frozenset[str]
     calls: tuple[CallPlan, ...]
+    keys: Mapping[str, str]
     shared: bool = False
     counted: bool = False
 
     @property
-    def keys(self) -> dict[str, str]:
-        """The keys of the block's connections, by their residuals' names below it."""
-        calls = self.calls[:1] if self.shared else self.calls
-        return keys_of(relative(name, self.path) for call in calls for name in call.residuals)
+    def ends(self) -> dict[str, tuple[str, str]]:
+        """The keys of the block's first and last residual on the same trunk, by each residual's name below the block.
 
-    @property
-    def firsts(self) -> dict[str, str]:
-        """The key of the block's first residual on the same trunk, by each residual's name below the block.
-
-        The modules that begin and end a trunk's streams stand under it, also where a call does without that residual.
+        The modules that begin and end a trunk's streams stand beside them, also where a call does without them.
         """
-        keys, firsts = self.keys, {}
+        ends = {}
         for on_trunk in zip(*(call.trunks for call in self.calls), strict=True):
             names = [
                 str(k.name) for call, own in zip(self.calls, on_trunk, strict=True) for k in call.known if k.name in own
             ]
-            firsts.update({name: keys[names[0]] for name in names})
-        return firsts
-
-
-def relative(name: str, block: str) -> str:
-    """Return a residual's name below its block."""
-    if block and name.startswith(block + "."):
-        return name[len(block) + 1 :]
-    if block and name.partition(":")[0] == block:
-        return "residual" + name[len(block) :]
-    return name
+            ends.update({name: (self.keys[names[0]], self.keys[names[-1]]) for name in names})
+        return ends
 
 
 @dataclass(frozen=True)
@@ -374,10 +361,12 @@ def _blocks(
         apart = len({steps[call] for call in calls}) == len(calls)
         shared = several and (share_calls or not apart)
         plans = []
+        keys: dict[str, str] = {}
         for call in calls:
             like = residuals[calls[0]] if shared else residuals[call]
             local = {r.name: relative(own.name, path) for r, own in zip(residuals[call], like, strict=False)}
             names = {r.add: local[r.name] for r in residuals[call]}
+            keys.update((relative(own.name, path), relative_path(own.key, path)) for own in like)
             on_trunks: list[set[str]] = [set() for _ in plan.trunks]
             for name, own_name in local.items():
                 on_trunks[trunk_of[name]].add(own_name)
@@ -397,7 +386,7 @@ def _blocks(
         nodes = [node for call in calls for node in carried.get(call, ())]
         for residual in (r for call in calls for r in residuals[call]):
             nodes += (residual.add, *residual.absorbed, *residual.skip_ops)
-        blocks.append(BlockPlan(path, _scopes(path, nodes), tuple(plans), shared))
+        blocks.append(BlockPlan(path, _scopes(path, nodes), tuple(plans), keys, shared))
     counted = any(len({call.step for call in block.calls}) > 1 for block in blocks)
     return tuple(replace(block, counted=counted) for block in blocks), notes
 

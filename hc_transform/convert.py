@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram, UnflattenedModule
 
-from .additions import CONNECTIONS_NAME, connection_dict, make_connections, other_parameters
+from .additions import make_connections, new_modules, other_parameters
 from .compare import compare
 from .connections import ConnectionLike
 from .convert_blocks import convert_blocks, move_into
@@ -26,6 +26,7 @@ from .exported import convert_exported, example_of, is_exported, plan_exported, 
 from .find import find_residuals
 from .findings import Reason
 from .hints import Hints
+from .keys import CONNECTIONS_NAME
 from .module import HyperConnectedModule
 from .options import Options
 from .pipeline import Analysis, analyse
@@ -291,7 +292,7 @@ def _convert_graph(model: nn.Module, example: Example | None, expected: Any, wan
     """Return the model as one graph."""
     analysis = _analyse(model, example, wanted.options, wanted.hints)
     connections = make_connections(analysis.plan)
-    modules = connection_dict(connections, analysis.plan)
+    modules = new_modules(connections, analysis.plan)
     original = uncompile(clone_structure(model), analysis.trace.inlined)
     converted = HyperConnectedModule(original, analysis, modules, wanted.hints)
     notes, error = [OPTIMIZER_NOTE], None
@@ -304,7 +305,7 @@ def _convert_graph(model: nn.Module, example: Example | None, expected: Any, wan
         found = verify_graph(model, converted, analysis.plan, *example, expected=expected)
         error = found.error
         notes.insert(0, found.note)
-    others = other_parameters([modules], connections)
+    others = other_parameters(modules.values(), connections)
     converted.hc_report = report_of(analysis.plan, connections, error, tuple(notes), others)
     return converted
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .additions import CONNECTIONS_NAME, connection_dict, expand_key, make_connections, readout_key
+from .additions import expand_key, make_connections, make_ends, readout_key
 from .block_module import install
 from .block_runner import RUNNER, BlockError, BlockRunner, reads_training
-from .blocks import BlockPlan, BlocksPlan, container, find_holders, in_some_calls, plan_blocks, relative
+from .blocks import BlockPlan, BlocksPlan, container, find_holders, in_some_calls, plan_blocks
 from .candidates import may_add
 from .connections import Connection
 from .errors import HCTransformError
@@ -20,7 +20,7 @@ from .find import find_residuals
 from .findings import Reason, Residual
 from .hints import Hints
 from .hooks import read_outputs
-from .keys import DROPOUT_KEY, EXPAND, READOUT
+from .keys import DROPOUT_KEY, EXPAND, READOUT, added_modules, relative
 from .options import Options
 from .planner import Plan, make_plan, selected
 from .structure import clone_structure, compiled_from, in_other_mode
@@ -138,28 +138,27 @@ def _install(
     """Make the blocks of ``model`` run graphs; return the new modules by the keys they have on the tape."""
     by_key: dict[str, Any] = {}
     captures = Captures()
-    ends = connection_dict({}, planned.plan)
+    ends = make_ends(planned.plan)
     keys = {r.name: r.key for r in planned.plan.residuals}
     for block in planned.blocks:
         module = model.get_submodule(block.path)
         own: dict[str, nn.Module] = {}
-        own_keys = block.keys
         for i, call in enumerate(block.calls):
             for j, name in enumerate(call.residuals):
                 if block.shared and i:
                     by_key[keys[name]] = by_key[keys[block.calls[0].residuals[j]]]
                 else:
-                    own[own_keys[relative(name, block.path)]] = by_key[keys[name]] = connections[name]
+                    own[block.keys[relative(name, block.path)]] = by_key[keys[name]] = connections[name]
         _add_ends(own, block, planned.plan, ends, by_key)
         within = replace(hints, leaf_modules=(), inline_modules=())  # which name paths of the whole model
-        install(module, BlockRunner(block, planned.plan.options, within, captures), nn.ModuleDict(own))
+        install(module, BlockRunner(block, planned.plan.options, within, captures), own)
     for owner in _owners(planned):
         model.get_submodule(owner).register_forward_hook(read_outputs)
     return by_key
 
 
 def _add_ends(
-    own: dict[str, nn.Module], block: BlockPlan, plan: Plan, ends: nn.ModuleDict, by_key: dict[str, Any]
+    own: dict[str, nn.Module], block: BlockPlan, plan: Plan, ends: Mapping[str, Any], by_key: dict[str, Any]
 ) -> None:
     """Give a block the stream embedding and the readout of the trunks that begin and end in it, and dropout."""
     names = {name for call in block.calls for name in call.residuals}
@@ -168,14 +167,15 @@ def _add_ends(
         if first.name in names and expand_key(trunk) in ends:
             own[_end_key(first, block, EXPAND)] = by_key[expand_key(trunk)] = ends[expand_key(trunk)]
         if last.name in names and readout_key(trunk) in ends:
-            local = next(r for r in trunk.residuals if r.name in names)
-            own[_end_key(local, block, READOUT)] = by_key[readout_key(trunk)] = ends[readout_key(trunk)]
+            own[_end_key(last, block, READOUT)] = by_key[readout_key(trunk)] = ends[readout_key(trunk)]
     if DROPOUT_KEY in ends:
         own[DROPOUT_KEY] = ends[DROPOUT_KEY]
 
 
 def _end_key(residual: Residual, block: BlockPlan, end: str) -> str:
-    return block.keys[relative(residual.name, block.path)] + end
+    call = next(call for call in block.calls if residual.name in call.residuals)
+    own = block.calls[0] if block.shared else call
+    return block.keys[relative(own.residuals[call.residuals.index(residual.name)], block.path)] + end
 
 
 def _owners(planned: BlocksPlan) -> list[str]:
@@ -236,8 +236,6 @@ def move_into(model: nn.Module, converted: nn.Module) -> None:
             for name, buffer in other._buffers.items():
                 if name not in module._buffers:  # a constant of a graph
                     module.register_buffer(name, buffer, persistent=False)
-            connections = other.get_submodule(CONNECTIONS_NAME)
-            assert isinstance(connections, nn.ModuleDict)
-            install(module, other.__dict__[RUNNER], connections)
+            install(module, other.__dict__[RUNNER], added_modules(other))
         if read_outputs in other._forward_hooks.values():
             module.register_forward_hook(read_outputs)

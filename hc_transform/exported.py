@@ -9,7 +9,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-from .additions import connection_dict, make_connections, other_parameters
+from .additions import make_connections, new_modules, other_parameters
 from .dialects import is_complete
 from .errors import TraceError, UnsupportedModel
 from .find import find_residuals
@@ -88,7 +88,7 @@ def convert_exported(plan: Plan, example: Example | None, verify: bool, note: st
     """
     original = plan.graph_module
     connections = make_connections(plan)
-    modules = connection_dict(connections, plan)
+    modules = new_modules(connections, plan)
     converted = rewrite(original, plan, connections=connections)
     notes, error = [BAKED, note], None
     if example is None:
@@ -104,7 +104,7 @@ def convert_exported(plan: Plan, example: Example | None, verify: bool, note: st
         found = verify_graph(original, converted, plan, *example, expected=expected)
         error = found.error
         notes.insert(0, found.note)
-    report = report_of(plan, connections, error, tuple(notes), other_parameters([modules], connections))
+    report = report_of(plan, connections, error, tuple(notes), other_parameters(modules.values(), connections))
     kept = {**converted.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}), "hc_report": report}
     converted.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = kept  # which copies have too
     converted.__dict__["hc_report"] = report

@@ -7,17 +7,17 @@ import copy
 import functools
 import logging
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from .additions import CONNECTIONS_NAME
 from .errors import DecisionChanged, TraceError
 from .flat import flatten_graph, unflatten_graph
 from .hints import Hints
+from .keys import add_modules, taken_out
 from .options import Options
 from .pipeline import Analysis, analyse_again, log_left_out
 from .planner import with_keys_of
@@ -41,8 +41,8 @@ NEVER_PICKLED = ("_graph", "_tracer_cls", "_tracer_extras", "_lineno_map", "_cod
 class HyperConnectedModule(fx.GraphModule):
     """A converted model.
 
-    It holds the original's modules under their names, and the connections under
-    ``hyper_connections``. A call that decides something otherwise than the trace (an optional
+    It holds the original's modules under their names, and each connection under the module that holds its residual,
+    in ``hyper_connections``. A call that decides something otherwise than the trace (an optional
     input given later, an image size that needs padding) is traced again with the same connections.
 
     Attributes:
@@ -55,12 +55,11 @@ class HyperConnectedModule(fx.GraphModule):
         self,
         original: nn.Module,
         analysis: Analysis,
-        connections: nn.ModuleDict,
+        added: Mapping[str, nn.Module],
         hints: Hints | None = None,
     ) -> None:
         """Build the module around ``original``, a structural copy that it takes over."""
-        if connections:
-            original.add_module(CONNECTIONS_NAME, connections.train(original.training))
+        add_modules(original, added.items())
         graph = rewritten_graph(analysis.trace.graph_module, analysis.plan)
         adopt_constants(original, graph, analysis.trace.graph_module)
         super().__init__(original, graph, type(original).__name__)
@@ -75,7 +74,8 @@ class HyperConnectedModule(fx.GraphModule):
         self._inlined = analysis.trace.inlined
         self._known = analysis.known
         self._keys = {r.name: r.key for r in analysis.plan.residuals}
-        self._firsts = {r.name: t.key or t.residuals[0].key for t in analysis.plan.trunks for r in t.residuals}
+        ends = {t.index: (t.residuals[0].key, t.residuals[-1].key) for t in analysis.plan.trunks}
+        self._ends = {r.name: ends[t.index] for t in analysis.plan.trunks for r in t.residuals}
         self._variants: list[Variant] = []
         self._main.state = self._state = analysis.trace.state
         self.graph.lint()
@@ -213,7 +213,7 @@ class HyperConnectedModule(fx.GraphModule):
                 change,
                 frozenset(path for path in self._inlined if path and _has_forward_hooks(original, path)),
             )
-        graph = rewritten_graph(analysis.trace.graph_module, with_keys_of(analysis.plan, self._keys, self._firsts))
+        graph = rewritten_graph(analysis.trace.graph_module, with_keys_of(analysis.plan, self._keys, self._ends))
         adopt_constants(self, graph, analysis.trace.graph_module)
         log.info("traced again: %s", change)
         log_left_out(type(self).__name__, analysis)
@@ -228,12 +228,8 @@ class HyperConnectedModule(fx.GraphModule):
         """Yield the original, in the present mode and without connections, which an nn.Sequential would call."""
         original: nn.Module = self.__dict__["_original"]
         original.training = self.training
-        connections = original._modules.pop(CONNECTIONS_NAME, None)
-        try:
+        with taken_out(original):
             yield original
-        finally:
-            if connections is not None:
-                original._modules[CONNECTIONS_NAME] = connections
 
     def __deepcopy__(self, memo: dict[int, Any]) -> HyperConnectedModule:
         new: HyperConnectedModule = object.__new__(type(self))  # of one class, as copies of other modules are

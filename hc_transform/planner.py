@@ -206,19 +206,19 @@ def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
     return -1, None
 
 
-def with_keys_of(plan: Plan, keys: Mapping[str, str], firsts: Mapping[str, str]) -> Plan:
+def with_keys_of(plan: Plan, keys: Mapping[str, str], ends: Mapping[str, tuple[str, str]]) -> Plan:
     """Return the plan of one kind of call with the keys that its residuals have in the plan of all.
 
     Args:
         plan: of the call.
         keys: of the residuals, by their names.
-        firsts: of the first residual on each one's trunk, by its name.
+        ends: keys of the first and the last residual on each one's trunk, by its name.
     """
     trunks = (
         replace(
             t,
             residuals=tuple(replace(r, key=keys.get(r.name, r.key)) for r in t.residuals),
-            key=firsts.get(t.residuals[0].name, ""),
+            keys=ends.get(t.residuals[0].name),
         )
         for t in plan.trunks
     )

@@ -6,19 +6,18 @@ import copy
 import logging
 import operator
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 
 from . import carrier
 from . import streams as ops
 from .additions import (
-    CONNECTIONS_NAME,
-    connection_dict,
     expand_key,
     features_of,
     make_connections,
+    new_modules,
     readout_key,
 )
 from .adds import location_of
@@ -30,7 +29,7 @@ from .dialects import takes_first
 from .errors import UnsupportedModel
 from .findings import Residual
 from .guards import CHECKS
-from .keys import DROPOUT_KEY
+from .keys import DROPOUT_KEY, add_modules, label_of
 from .kinds import Kinds, is_shape_read, shape_of
 from .planner import Plan
 from .spellings import Term
@@ -53,18 +52,40 @@ def rewrite(gm: fx.GraphModule, plan: Plan, *, connections: Mapping[str, Connect
         plan: see :func:`hc_transform.make_plan`.
         connections: the connection of each residual name; by default new ones.
 
-    The connections become the submodules ``hyper_connections.*``.
+    A connection becomes the submodule ``hyper_connections.<name>`` of the module that holds its residual.
     """
     connections = make_connections(plan) if connections is None else connections
     graph = rewritten_graph(gm, plan)
-    root = copy.copy(gm)
-    root._modules = dict(gm._modules)
-    root.add_module(CONNECTIONS_NAME, connection_dict(connections, plan))
+    added = new_modules(connections, plan)
+    root = _with_holders(gm, added)
+    add_modules(root, added.items())
     result = fx.GraphModule(root, graph, type(gm).__name__)
     _take_over(result, gm)
     result.__dict__["_modules"] = root._modules
     result.graph.lint()
     return result
+
+
+def _with_holders(gm: fx.GraphModule, added: Iterable[str]) -> fx.GraphModule:
+    """Return a copy of ``gm`` that shares all but the modules on the way to ``added``, where new ones can be put."""
+    root = _opened(gm)
+    opened: dict[str, nn.Module] = {"": root}
+    for path in added:
+        atoms = path.split(".")[:-2]
+        for i in range(len(atoms)):
+            at, parent = ".".join(atoms[: i + 1]), opened[".".join(atoms[:i])]
+            if at not in opened:
+                held = parent._modules.get(atoms[i])
+                opened[at] = nn.Module().train(gm.training) if held is None else _opened(held)
+                parent._modules[atoms[i]] = opened[at]
+    return root
+
+
+def _opened(module: Any) -> Any:
+    """Return a copy of a module to which others can be added."""
+    new = object.__new__(type(module))
+    new.__dict__.update(module.__dict__, _modules=dict(module._modules))
+    return new
 
 
 def _take_over(result: fx.GraphModule, gm: fx.GraphModule) -> None:
@@ -78,7 +99,7 @@ def _take_over(result: fx.GraphModule, gm: fx.GraphModule) -> None:
 
 
 def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
-    """Return a rewritten copy of ``gm.graph``. It refers to connections as ``hyper_connections.<key>``."""
+    """Return a rewritten copy of ``gm.graph``. It refers to connections by the keys of residuals."""
     graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
     copies: dict[fx.Node, fx.Node] = {}
     result: Any = graph.graph_copy(gm.graph, copies)
@@ -151,7 +172,7 @@ class _TrunkRewriter:
         self.mode = "sum" if self.options.readout == "sum" else "mean"
         self.streams: dict[fx.Node, fx.Node] = {}  # trunk value (in the plan's graph) -> its streams
         self.reads: dict[fx.Node, fx.Node] = {}  # trunk value -> a read of it
-        self.keys: dict[fx.Node, str] = {}  # trunk value -> key of the residual it comes from
+        self.labels: dict[fx.Node, str] = {}  # trunk value -> name, for nodes, of the residual it comes from
 
     def run(self) -> None:
         for residual in self.trunk.residuals:
@@ -176,7 +197,7 @@ class _TrunkRewriter:
                 if operand not in self.streams:
                     self.streams[operand] = self._expand(operand, residual)
             self.streams[node] = self._carry(node, operands, self.copies[node])
-            self.keys[node] = self.keys.get(operands[0], residual.key)
+            self.labels[node] = self.labels.get(operands[0], label_of(residual.name))
         if value not in self.streams:
             self.streams[value] = self._expand(value, residual)
         return self.streams[value]
@@ -186,18 +207,18 @@ class _TrunkRewriter:
         after = node
         while node.op == "placeholder" and (after.next.op == "placeholder" or after.next.target in CHECKS):
             after = after.next
-        key = f"{residual.key}_expand"
+        label = f"{label_of(residual.name)}_expand"
         with self.graph.inserting_after(after):
             if value is self.trunk.entry:
                 kept = (True,) if self.overwrites else ()
-                return self._new(carrier.enter, (node, self.options.num_streams, *kept), key, value)
+                return self._new(carrier.enter, (node, self.options.num_streams, *kept), label, value)
             if self.overwrites:  # what streams begin with is needed afterwards
                 node = self.graph.call_method("clone", (node,))
                 after = node
         with self.graph.inserting_after(after):
             if self.options.stream_embedding:
-                return self._module(expand_key(self.trunk), (node,), key, value)
-            return self._new(ops.expand, (node, self.options.num_streams), key, value)
+                return self._module(expand_key(self.trunk), (node,), label, value)
+            return self._new(ops.expand, (node, self.options.num_streams), label, value)
 
     def _leave(self) -> None:
         """Hand the streams on where the trunk goes on outside of the graph."""
@@ -209,7 +230,7 @@ class _TrunkRewriter:
                 given = (self.copies[self.trunk.entry],)
                 del self.overwrites[value]
             with self.graph.inserting_before(output):
-                name = f"{self.keys[value]}_handed_on"
+                name = f"{self.labels[value]}_handed_on"
                 handed = self._new(carrier.hand_on, (streams, self.trunk.steps, self.mode, *given), name, value)
             output.replace_input_with(self.copies[value], handed)
 
@@ -227,12 +248,12 @@ class _TrunkRewriter:
 
     def _read(self, residual: Residual) -> None:
         streams = self._streams_of(residual.skip, residual)
-        key = residual.key
+        label = label_of(residual.name)
         with self.graph.inserting_after(streams):
-            coefficients = self._module(key, (streams,), f"{key}_coefficients", residual.add)
+            coefficients = self._module(residual.key, (streams,), f"{label}_coefficients", residual.add)
         with self.graph.inserting_after(coefficients):
             function = ops.read_recomputed if self.options.recompute else ops.read
-            read = self._new(function, (streams, coefficients), f"{key}_read", residual.add)
+            read = self._new(function, (streams, coefficients), f"{label}_read", residual.add)
         self._coefficients = coefficients
         self.reads.setdefault(residual.skip, read)
         value = self._value_for(residual)
@@ -254,7 +275,7 @@ class _TrunkRewriter:
         for op in residual.skip_ops:
             if op not in self.streams:  # where it stands, so that random draws keep their order
                 self.streams[op] = self._carry(op, (source,), self.copies[op])
-                self.keys[op] = residual.key
+                self.labels[op] = label_of(residual.name)
             source = op
         streams = self.streams[source]
         with self.graph.inserting_before(add):
@@ -264,16 +285,16 @@ class _TrunkRewriter:
             branch = self._term(residual.branch[0], residual)
             for term in residual.branch[1:]:
                 branch = self.graph.call_function(operator.add, (branch, self._term(term, residual)))
-            key = residual.key
+            label = label_of(residual.name)
             function = ops.write_recomputed if self.options.recompute else ops.write
             first = (True,) if residual.branch_first else ()
-            written = self._new(function, (streams, branch, self._coefficients, *first), f"{key}_write", residual.add)
+            written = self._new(function, (streams, branch, self._coefficients, *first), f"{label}_write", residual.add)
             written.meta["hc_residual"] = residual.name
             written.meta[STREAMS] = self.mode
             if self.options.stream_dropout:
-                written = self._module(DROPOUT_KEY, (written,), f"{key}_dropout", residual.add)
+                written = self._module(DROPOUT_KEY, (written,), f"{label}_dropout", residual.add)
         self.streams[residual.add] = written
-        self.keys[residual.add] = key
+        self.labels[residual.add] = label
 
     def _term(self, term: Term, residual: Residual) -> fx.Node:
         """Return the value of a term of the branch."""
@@ -324,7 +345,7 @@ class _TrunkRewriter:
                 user.replace_input_with(node, readout)
 
     def _readout(self, value: fx.Node) -> fx.Node:
-        streams, name = self.streams[value], f"{self.keys[value]}_readout"
+        streams, name = self.streams[value], f"{self.labels[value]}_readout"
         if self.options.readout == "mean" or self.options.readout == "learned" and self.trunk.exits:
             return self._new(ops.readout, (streams,), name, value)
         if self.options.readout == "sum":
@@ -340,7 +361,7 @@ class _TrunkRewriter:
         return self._module(readout_key(self.trunk), (streams,), name, value)
 
     def _module(self, key: str, args: tuple[Any, ...], name: str, source: fx.Node) -> fx.Node:
-        made = self.graph.create_node("call_module", f"{CONNECTIONS_NAME}.{key}", args, {}, name)
+        made = self.graph.create_node("call_module", key, args, {}, name)
         _locate(made, source)
         return made
 

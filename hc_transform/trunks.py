@@ -24,7 +24,7 @@ class Trunk:
         ends: values after the last residual that streams go as far as.
         exits: the outputs of the graph that go on as streams.
         steps: how many graphs the streams have gone through after this one.
-        key: of its first residual in the whole model, where a call does without that.
+        keys: of its first and its last residual in the whole model, where a call does without those.
         boundary: the operation that streams of an earlier trunk do not pass, which this one begins behind.
     """
 
@@ -35,7 +35,7 @@ class Trunk:
     entry: fx.Node | None = None
     exits: tuple[fx.Node, ...] = ()
     steps: int = 1
-    key: str = ""
+    keys: tuple[str, str] | None = None
     boundary: fx.Node | None = None
 
 

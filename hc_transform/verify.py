@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .additions import CONNECTIONS_NAME
 from .compare import Comparison, compare, relative_error
 from .dialects import inputs_of
 from .ends import StreamDropout
 from .errors import DecisionChanged, NotEquivalent
+from .keys import added_modules
 from .pairs import Pair, failures_of, judge_start, run_like, tolerance_of
 from .planner import Plan
 from .reference import NamedInputs, ReferenceInterpreter, separate
@@ -175,7 +175,7 @@ class _Graphs(Pair):
     @property
     def connections(self) -> nn.Module:
         """The modules that conversion added."""
-        return self.converted.get_submodule(CONNECTIONS_NAME)
+        return nn.ModuleList(added_modules(self.converted).values())
 
     def reference(self, rounding: Rounding | None = None) -> tuple[Any, Mapping[str, Tensor]]:
         """Return the outputs and the streams of the reference.
@@ -184,7 +184,7 @@ class _Graphs(Pair):
             HCTransformError: it cannot be run.
         """
         module = self.module or self.plan.graph_module
-        reference = ReferenceInterpreter(self.plan, dict(self.connections.named_children()), module, rounding)
+        reference = ReferenceInterpreter(self.plan, added_modules(self.converted), module, rounding)
         reference.wide = self.wide
         given = self._given()
         with failures_of("the reference implementation", self.original):

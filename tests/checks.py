@@ -36,6 +36,19 @@ def wake(model):
     return model
 
 
+def connections(model):
+    """Return the modules that conversion added, by path."""
+    found = {}
+    for path, module in model.named_modules():
+        if path.rpartition(".")[2] == "hyper_connections":
+            found.update({f"{path}.{name}": child for name, child in module.named_children()})
+    return found
+
+
+def connection_parameters(model):
+    return [parameter for module in connections(model).values() for parameter in module.parameters()]
+
+
 def moved(model, size=0.2, seed=1):
     """Move the parameters that conversion added off their start, in order, so that streams differ; return the model."""
     generator = torch.Generator().manual_seed(seed)

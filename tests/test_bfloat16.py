@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from checks import wake
+from checks import connections, wake
 from models import GPT
 
 import hc_transform as hct
@@ -35,7 +35,7 @@ def errors(model, x, form, monkeypatch):
         loss.backward()
         groups = {"model": [], "connections": []}
         for name, parameter in owner.named_parameters():
-            groups["connections" if name.startswith("hyper_connections") else "model"].append(parameter.grad)
+            groups["connections" if "hyper_connections" in name else "model"].append(parameter.grad)
         made.append([[outputs], *groups.values()])
         owner.zero_grad()
     return [relative(*pair) for pair in zip(*made, strict=True)]
@@ -55,7 +55,7 @@ def made(connection):
     if connection is None:
         return model, x
     hc = hct.convert(model, (x, x), connection=connection)
-    for module in hc.hyper_connections.values():
+    for module in connections(hc).values():
         separate(module)
     return hc, x
 

@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from checks import error, wake
+from checks import connection_parameters, error, wake
 from models import GPT, Chain, ViT
 from torch import fx, nn
 from torch._dynamo.testing import CompileCounter
@@ -89,7 +89,7 @@ def test_compiled_gradients_are_those_of_eager_mode(connection, packed_devices, 
     x = torch.randn(2, 5, 8, dtype=torch.float64)
     hc = hct.convert(model, (x,), connection=connection).train()
     with torch.no_grad():
-        for parameter in hc.hyper_connections.parameters():
+        for parameter in connection_parameters(hc):
             parameter.add_(0.3 * torch.randn_like(parameter))
     parameters = list(hc.parameters())
     weight = torch.randn_like(x)

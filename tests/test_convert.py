@@ -10,7 +10,7 @@ import time
 
 import pytest
 import torch
-from checks import check_preserved, error
+from checks import check_preserved, connections, error
 from models import (
     EDSR,
     GPT,
@@ -298,7 +298,7 @@ def test_features_of_a_branch_that_permutes_its_input():
 
     model = nn.Sequential(Attention(), Attention())
     hc = hct.convert(model, (torch.randn(2, 6, 9, 9),), connection="dynamic")
-    assert [(c.dim, c.feature_axis) for c in hc.hyper_connections.values()] == [(6, 1)] * 2
+    assert [(c.dim, c.feature_axis) for c in connections(hc).values()] == [(6, 1)] * 2
     x = torch.randn(2, 6, 12, 7)
     torch.testing.assert_close(hc(x), model(x))
 

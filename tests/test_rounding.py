@@ -14,6 +14,7 @@ from hc_transform import rounding
 from hc_transform.compare import tensor_error
 from hc_transform.rounding import Rounding
 from hc_transform.structure import doubled_modules
+from hc_transform.variants import Captures
 
 D = 8
 SCOPES = ["graph", "blocks"]
@@ -74,6 +75,7 @@ def damage(monkeypatch, fault, place):
 
     for where in (module, block_runner):
         monkeypatch.setattr(where, "rewritten_graph", rewritten_graph)
+    monkeypatch.setattr(Captures, "twins", lambda self, alike: iter(()))  # each block has a graph of its own
 
 
 NEAR = 1e-5  # rounding in single precision would hide a mistake
@@ -226,3 +228,38 @@ def test_what_was_measured_is_logged(caplog):
     with caplog.at_level(logging.INFO, logger="hc_transform"):
         converted(*near(NEAR), "graph")
     assert "rounding alone moves the streams after the residual 2 by" in caplog.text
+
+
+class Flips:
+    """What is compared where one of several references, each rounded otherwise, flips by 0.2: the one numbered ``at``."""
+
+    unit = 0.0
+
+    def __init__(self, at):
+        self.at, self.number = at, -1
+
+    def differences(self):
+        return {"block": 0.1}
+
+    def run_converted(self):
+        torch.ones(1) + 1
+
+    def reference(self, rounding=None):
+        self.number += rounding is not None
+        moved = 0.2 if rounding is not None and self.number == self.at else 0.0
+        streams = torch.ones(2, 3) * (1 + moved)
+        return [streams[0]], {"block": streams}
+
+    def doubled(self):
+        class Agrees(Flips):
+            def differences(self):
+                return {}
+
+        return Agrees(None)
+
+
+@pytest.mark.parametrize(("at", "wrong"), [(0, False), (7, False), (None, True)], ids=["first", "eighth", "never"])
+def test_what_flips_now_and_then_is_tried_more_often(at, wrong):
+    judged = rounding.judge(Flips(at))
+    assert bool(judged.wrong) is wrong
+    assert ("double precision they agree" in judged.explained) is not wrong

@@ -68,17 +68,6 @@ def traces(caplog: pytest.LogCaptureFixture, run: Callable[[], Any]) -> tuple[An
     return result, sum(record.getMessage().startswith("traced ") for record in caplog.records)
 
 
-def moved_by_class(model: nn.Module) -> nn.Module:
-    """Move new parameters off their start, those of each class in order: the two scopes hold ends in other places."""
-    new = [m for path, m in model.named_modules() if "hyper_connections." in path]
-    for number, kind in enumerate(sorted({type(m).__name__ for m in new})):
-        generator = torch.Generator().manual_seed(number)
-        with torch.no_grad():
-            for parameter in (p for m in new if type(m).__name__ == kind for p in m.parameters(recurse=False)):
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
-    return model
-
-
 def check_alike(model: nn.Module, converted: nn.Module, x: Tensor) -> None:
     """Compare with the original at the start, and with the graph of the whole model off it."""
     assert error(converted(x), model(x)) < 1e-5
@@ -152,7 +141,7 @@ def test_stream_embeddings_and_calls_of_one_block_keep_their_places() -> None:
     model = Chain([Block() for _ in range(4)])
     converted = hct.convert(model, args=(x,), scope="blocks", stream_embedding=True, readout="learned")
     graph = hct.convert(model, args=(x,), scope="graph", stream_embedding=True, readout="learned")
-    assert error(moved_by_class(converted)(x), moved_by_class(graph)(x)) < 1e-5
+    assert error(moved(converted)(x), moved(graph)(x)) < 1e-5
     twice = Chain([Block(), Block()])
     twice.blocks.append(twice.blocks[0])
     converted = hct.convert(twice, args=(x,), scope="blocks")
