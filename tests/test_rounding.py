@@ -231,7 +231,7 @@ def test_what_was_measured_is_logged(caplog):
 
 
 class Flips:
-    """What is compared where one of several references, each rounded otherwise, flips by 0.2: the one numbered ``at``."""
+    """What is compared where one of several references, each rounded otherwise, is off: the one numbered ``at``."""
 
     unit = 0.0
 
