@@ -16,7 +16,7 @@ from .ends import LearnedReadout, StreamDropout, StreamEmbedding
 from .errors import UnsupportedModel
 from .findings import Residual
 from .keys import DROPOUT_KEY, EXPAND, READOUT
-from .kinds import shape_of
+from .operations import shape_of
 from .planner import Plan, feature_axis
 from .trunks import Trunk
 

@@ -8,20 +8,9 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from .dialects import is_lifted, location, module_path, modules_called, value_of
+from .dialects import is_lifted, modules_called, value_of
 from .findings import Residual
-
-
-def module_of(node: fx.Node) -> str:
-    """Return the path of the module whose code made ``node``."""
-    if "hc_module" in node.meta:
-        return node.meta["hc_module"]
-    return module_path(node)
-
-
-def location_of(node: fx.Node) -> str:
-    """Return "file:line" of the user's code that made ``node``."""
-    return node.meta.get("hc_location") or location(node) or "unknown location"
+from .meta import module_of
 
 
 def named(residuals: list[Residual], modules: Mapping[str, nn.Module]) -> list[Residual]:

@@ -102,8 +102,3 @@ def memory_of(tensor: torch.Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(tensor)
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    """Return how often a tensor was changed in place."""
-    return -1 if tensor.is_inference() else tensor._version

@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import fx
 
-from .kinds import Kind, Kinds
+from .kinds import Kinds
+from .operations import Kind
 
 
 class Ancestry:

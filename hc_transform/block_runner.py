@@ -20,7 +20,8 @@ from .configuration import configuration_of
 from .errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from .hints import Hints
 from .keys import EXPAND, READOUT, added_modules, take_out
-from .kinds import Kinds, is_tensor
+from .kinds import Kinds
+from .operations import is_tensor
 from .options import Options
 from .passage import Flow, Passage
 from .pipeline import analyse_again, log_left_out

@@ -38,10 +38,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
-from .aliases import version_of
 from .errors import UnsupportedModel
 from .streams import Streams, expand, readout, transformed
-from .writes import Write, name_of, refusal, write_of
+from .writes import Write, name_of, refusal, version_of, write_of
 
 OF_ONE_STREAM = frozenset(
     "shape ndim dtype device layout is_cuda is_meta is_sparse is_quantized is_nested itemsize size dim numel nelement "

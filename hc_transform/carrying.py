@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from . import carried as ops
 from .dialects import OPERATORS, has_several_outputs, name_of, out_of_place, overwrites_first, statistics_of
-from .kinds import Kind, Kinds
+from .kinds import Kinds
+from .operations import Kind
 from .passage import IN_PLACE_OPERATORS
 from .streams import write, write_recomputed
 

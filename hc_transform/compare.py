@@ -6,31 +6,21 @@ Every tensor, array, number and string in them is compared; what could not be is
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
-import types
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .carrier import TrunkValue
+from .hooks import OPAQUE
 
 NO_VALUES = "no values on the meta device"
 ATOMS = (str, bytes, bool, int, float, complex, type(None), Enum, range, slice)
-OPAQUE = (
-    nn.Module,
-    type,
-    types.FunctionType,
-    types.BuiltinFunctionType,
-    types.MethodType,
-    types.GeneratorType,
-    functools.partial,
-)
 
 
 @dataclass(frozen=True)

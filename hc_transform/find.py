@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .adds import location_of, module_of, named
+from .adds import named
 from .aliases import is_seen_elsewhere, written_through
 from .ancestry import Ancestry
 from .dialects import is_complete, name_of, refuse_unknown, regions_of
 from .findings import Findings, Reason, Residual, Shortcut, Skipped
-from .kinds import Kind, Kinds, is_tensor, shape_of
+from .kinds import Kinds
+from .meta import location_of, module_of
+from .operations import Kind, is_tensor, shape_of
 from .spellings import ADDITIONS, SHIFTS, Sum, Term, flattened, sum_of
 from .streams import summed_products
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +13,19 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from .carrier import TrunkValue, enter, hand_on, holds_streams, is_trunk_value, read_out
-from .compare import OPAQUE
 from .errors import UnsupportedModel
 from .streams import Streams
 from .writes import of_engine
 
+OPAQUE = (
+    nn.Module,
+    type,
+    types.FunctionType,
+    types.BuiltinFunctionType,
+    types.MethodType,
+    types.GeneratorType,
+    functools.partial,
+)
 PLAIN = (torch.Tensor, fx.Proxy, fx.Node, int, float, complex, str, bytes, type(None))  # holds nothing else
 
 

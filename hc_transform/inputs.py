@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from . import guards
+from .operations import is_constant
 from .proxy import UNKNOWN, ValueProxy
-
-if TYPE_CHECKING:
-    from .tracer import ValueTracer
-
+from .recorder import Recorder
 
 _NOTHING: dict[Any, Any] = {inspect.Parameter.VAR_POSITIONAL: (), inspect.Parameter.VAR_KEYWORD: {}}
 _STARS: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
 
 
 def place_inputs(
-    tracer: ValueTracer, signature: inspect.Signature, inputs: Mapping[str, Any]
+    tracer: Recorder, signature: inspect.Signature, inputs: Mapping[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     """Make a placeholder for each parameter of a forward; return what to call it with.
 
@@ -60,7 +58,7 @@ def place_inputs(
     return args, kwargs
 
 
-def _merge(tracer: ValueTracer, given: dict[str, Any], values: Mapping[str, Any]) -> None:
+def _merge(tracer: Recorder, given: dict[str, Any], values: Mapping[str, Any]) -> None:
     """Let inputs that are one tensor be one proxy: a branch may take its skip under another name."""
     first: dict[int, str] = {}
     for name, value in values.items():
@@ -72,7 +70,7 @@ def _merge(tracer: ValueTracer, given: dict[str, Any], values: Mapping[str, Any]
                 given[name] = given[other]
 
 
-def _checked(tracer: ValueTracer, parameter: inspect.Parameter, proxy: ValueProxy, value: Any) -> Any:
+def _checked(tracer: Recorder, parameter: inspect.Parameter, proxy: ValueProxy, value: Any) -> Any:
     """Record the check of one input; return its constant, or its proxy."""
     name = parameter.name
     if parameter.kind is parameter.VAR_POSITIONAL:
@@ -102,13 +100,6 @@ def _default(parameter: inspect.Parameter, optional: bool) -> tuple[Any, ...]:
 
 def _is_star(parameter: inspect.Parameter) -> bool:
     return parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-
-
-def is_constant(value: Any) -> bool:
-    """Whether a trace can hold ``value`` as it is."""
-    if isinstance(value, (tuple, list)):
-        return all(is_constant(v) for v in value)
-    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device))
 
 
 def is_entry_of_input(node: fx.Node) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from .guards import CHECKS, check_input, check_tensor_input
-from .inputs import is_constant
+from .operations import is_constant
 from .proxy import CannotInline
 
 Again = Callable[[Mapping[str, Any], frozenset[str]], fx.Graph]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from .findings import Reason, Residual, Skipped
-from .kinds import shape_of
+from .operations import shape_of
 from .passage import Flow, Passage
 from .trunks import as_skipped, group, is_inside
 

@@ -17,7 +17,8 @@ from torch import fx
 from .aliases import is_seen_elsewhere
 from .dialects import name_of
 from .findings import Shortcut
-from .kinds import FILLED_ALIKE, LINEAR_POINTWISES, PRODUCTS, QUOTIENTS, Kind, Kinds, is_tensor, tensors_of
+from .kinds import Kinds
+from .operations import FILLED_ALIKE, LINEAR_POINTWISES, PRODUCTS, QUOTIENTS, Kind, is_tensor, tensors_of
 
 CARRIED_RANDOMS = frozenset("dropout dropout1d dropout2d dropout3d feature_dropout stochastic_depth".split())
 IN_PLACE_OPERATORS = frozenset("iadd isub imul itruediv ipow".split())

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.utils.checkpoint
@@ -15,20 +15,11 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-from .inputs import is_constant
+from .operations import FACTORIES, is_constant
 from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
+from .recorder import Recorder
 from .threads import replaced
 from .vmapped import record_vmap
-
-if TYPE_CHECKING:
-    from .tracer import ValueTracer
-
-FACTORIES = frozenset(
-    "arange as_tensor asarray bartlett_window blackman_window empty eye full hamming_window hann_window kaiser_window "
-    "linspace logspace normal ones rand randint randn randperm scalar_tensor tensor tril_indices triu_indices "
-    "zeros".split()
-)
-
 
 UNBOUND = "add add_ sub sub_ mul mul_ lerp lerp_ addcmul addcdiv addmm baddbmm index_add __add__ __sub__".split()
 
@@ -36,7 +27,7 @@ UNBOUND = "add add_ sub sub_ mul mul_ lerp lerp_ addcmul addcdiv addmm baddbmm i
 class _RecordCalls(TorchFunctionMode):
     """Send every torch call of traced code to the tracer."""
 
-    def __init__(self, tracer: ValueTracer) -> None:
+    def __init__(self, tracer: Recorder) -> None:
         super().__init__()
         self.tracer = tracer
 
@@ -58,7 +49,7 @@ class _RecordCalls(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def patched(tracer: ValueTracer) -> Iterator[None]:
+def patched(tracer: Recorder) -> Iterator[None]:
     """Let ``isinstance``, ``module.training`` and autograd functions see through proxies."""
     plain_isinstance, plain_callable = builtins.isinstance, builtins.callable
     plain_apply = torch.autograd.Function.__dict__["apply"]
@@ -182,13 +173,13 @@ def patched(tracer: ValueTracer) -> Iterator[None]:
         yield
 
 
-def _drawing(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
+def _drawing(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
     """Yield what is to stand for the functions of ``random`` and ``numpy.random`` that draw."""
     for draw, function in tracer.drawing_functions.values():
         yield sys.modules[draw.home], draw.name, tracer.drawing(draw, function)
 
 
-def _unbound(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
+def _unbound(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
     """Yield what is to stand for methods of tensors that code calls by their class, ``torch.Tensor.add(x, y)``."""
 
     def method_of(name: str, plain: Any) -> Any:
@@ -204,7 +195,7 @@ def _unbound(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
         yield torch.Tensor, name, method_of(name, getattr(torch.Tensor, name))
 
 
-def _compiled(tracer: ValueTracer) -> Iterator[tuple[Any, str, Any]]:
+def _compiled(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
     """Yield what is to stand for the compiled functions that are globals of the code of the traced modules."""
     homes = {cls.__module__ for module in tracer.root.modules() for cls in type(module).__mro__}
     for home in (sys.modules.get(name) for name in homes if not name.startswith("torch.nn.modules")):

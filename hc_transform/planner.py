@@ -6,19 +6,20 @@ import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 from torch import fx, nn
 
-from .adds import location_of
 from .dialects import name_of
 from .errors import PatternError, UnsupportedModel
 from .findings import Findings, Reason, Residual, Skipped
 from .keys import with_keys
-from .kinds import Kinds, shape_of
+from .kinds import Kinds
+from .meta import location_of
 from .nesting import without_nested
+from .operations import shape_of
 from .options import Options
 from .passage import Passage, nonlinear_in
+from .report import Report, report_of
 from .trunks import (
     Trunk,
     as_skipped,
@@ -28,9 +29,6 @@ from .trunks import (
     split,
     with_reads_of_their_own,
 )
-
-if TYPE_CHECKING:
-    from .report import Report
 
 
 @dataclass(frozen=True)
@@ -50,8 +48,6 @@ class Plan:
     @property
     def report(self) -> Report:
         """The table that the converted model's ``hc_report`` would show."""
-        from .report import report_of
-
         return report_of(self)
 
     def __str__(self) -> str:

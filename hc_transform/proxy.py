@@ -7,16 +7,15 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
 
 from . import guards
 from .asserts import assert_of, check_assert
-
-if TYPE_CHECKING:
-    from .tracer import ValueTracer
+from .operations import set_item
+from .recorder import Recorder
 
 
 class Unknown:
@@ -28,12 +27,6 @@ class Unknown:
 
 UNKNOWN = Unknown()
 ABOUT_GRADIENTS = frozenset({"requires_grad", "grad_fn", "is_leaf"})
-
-
-def set_item(x: Any, index: Any, value: Any) -> Any:
-    """Assign ``x[index] = value`` and return ``x``, so that a graph sees where ``x`` comes from."""
-    x[index] = value
-    return x
 
 
 class CannotInline(Exception):
@@ -137,10 +130,10 @@ class ValueProxy(fx.Proxy):
     recorded in the graph as a check.
     """
 
-    tracer: ValueTracer
+    tracer: Recorder  # type: ignore[assignment]
 
-    def __init__(self, node: fx.Node, tracer: ValueTracer, value: Any) -> None:
-        super().__init__(node, tracer)
+    def __init__(self, node: fx.Node, tracer: Recorder, value: Any) -> None:
+        super().__init__(node, tracer)  # type: ignore[arg-type]
         self.hc_value = value
 
     def __getattr__(self, name: str) -> Any:

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import operator
-from typing import Any
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from .dialects import SYMBOLS, reads_symbols, type_of
-from .inputs import is_constant
-from .proxy import ValueProxy
 
 SHAPE_METHODS = frozenset("size dim ndimension numel nelement stride is_floating_point is_complex get_device".split())
 SHAPE_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda is_sparse is_nested layout itemsize".split())
@@ -36,17 +31,6 @@ def is_shape_read(node: fx.Node) -> bool:
 def _all_inputs_plain(node: fx.Node) -> bool:
     plain = (bool, int, float, str, torch.Size, torch.dtype, torch.device, *SYMBOLS)
     return all(issubclass(type_of(n) or torch.Tensor, plain) for n in node.all_input_nodes)
-
-
-def is_arithmetic_on_sizes(target: Any, args: Any) -> bool:
-    """Whether an operation is arithmetic on sizes: no argument is a tensor."""
-    if getattr(target, "__module__", None) not in (operator.add.__module__, math.__name__):
-        return False
-    leaves = pytree.tree_leaves(args)
-    return any(type(a) is ValueProxy for a in leaves) and all(
-        isinstance(a.hc_value, (bool, int, float, torch.Size)) if type(a) is ValueProxy else is_constant(a)
-        for a in leaves
-    )
 
 
 def reads_values(node: fx.Node) -> bool:

@@ -16,7 +16,8 @@ from .additions import expand_key, readout_key
 from .carrying import NORMS_OF_BATCHES
 from .dialects import has_several_outputs, name_of, statistics_of, takes_first
 from .findings import Residual
-from .kinds import Kind, Kinds, is_shape_read
+from .kinds import Kinds, is_shape_read
+from .operations import Kind
 from .planner import Plan
 from .streams import FractionCoefficients
 from .trunks import Trunk, readers_of

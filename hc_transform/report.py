@@ -3,15 +3,37 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from tabulate import tabulate
 
-from .adds import location_of
 from .connections import Connection, connection_name
-from .planner import Plan
+from .findings import Residual, Skipped
+from .meta import location_of
+from .options import Options
+from .trunks import Trunk
+
+
+class Planned(Protocol):
+    """What is told of a plan."""
+
+    @property
+    def trunks(self) -> Sequence[Trunk]:
+        """The trunks that are converted."""
+
+    @property
+    def residuals(self) -> Sequence[Residual]:
+        """Their residuals, in order of execution."""
+
+    @property
+    def skipped(self) -> Sequence[Skipped]:
+        """The adds that are not, with reasons."""
+
+    @property
+    def options(self) -> Options:
+        """What they are converted into."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +121,7 @@ class Report:
 
 
 def report_of(
-    plan: Plan,
+    plan: Planned,
     connections: Mapping[str, Connection] | None = None,
     max_error: float | None = None,
     notes: tuple[str, ...] = (),
@@ -118,7 +140,7 @@ def report_of(
     return Report(tuple(records), max_error, (*_boundaries(plan), *notes), other_parameters)
 
 
-def _boundaries(plan: Plan) -> list[str]:
+def _boundaries(plan: Planned) -> list[str]:
     """Return a note for each line of code that ends trunks."""
     trunks: dict[str, list[int]] = {}
     for trunk in plan.trunks:

@@ -20,7 +20,6 @@ from .additions import (
     new_modules,
     readout_key,
 )
-from .adds import location_of
 from .aliases import lost_writes
 from .carried import carry
 from .carrying import carried_call
@@ -30,7 +29,9 @@ from .errors import UnsupportedModel
 from .findings import Residual
 from .guards import CHECKS
 from .keys import DROPOUT_KEY, add_modules, label_of
-from .kinds import Kinds, is_shape_read, shape_of
+from .kinds import Kinds, is_shape_read
+from .meta import location_of
+from .operations import shape_of
 from .planner import Plan
 from .spellings import Term
 from .structure import REGISTERED_HOOKS

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from .dialects import name_of
-from .kinds import has_known_home, shape_of
+from .operations import has_known_home, shape_of
 
 
 def unflatten_row_sums(graph: fx.Graph) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from .dialects import name_of
-from .kinds import has_known_home, is_tensor
+from .operations import has_known_home, is_tensor
 from .streams import scattered, summed_products
 
 ADDITIONS = frozenset("add iadd radd".split())

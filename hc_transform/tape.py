@@ -22,19 +22,21 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-from .aliases import layout_of, memory_of, version_of, written_through
+from .aliases import layout_of, memory_of, written_through
 from .candidates import INLINED_FROM_TORCH, may_add
 from .compare import tensors_of
 from .draws import host_states
 from .frames import user_frame, user_lines
-from .kinds import Kind, Kinds
-from .proxy import AppliedFunction, set_item
+from .kinds import Kinds
+from .operations import Kind, set_item
+from .proxy import AppliedFunction
 from .row_sums import unflatten_row_sums
 from .state import seed_generators, state_restored
 from .structure import compiled_from, copy_inputs, has_hooks, keep_plain_tensors
 from .threads import replaced, uncompiled
 from .tracer import SHAPE_ATTRIBUTES
 from .watch import shared_state_restored
+from .writes import version_of
 
 CONSTANT = "_tape_constant"
 VALUE_READS = frozenset(
@@ -412,6 +414,6 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def _is_factory(func: Any) -> bool:
-    from .patches import FACTORIES
+    from .operations import FACTORIES
 
     return getattr(func, "__name__", "") in FACTORIES

@@ -29,11 +29,12 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from . import guards
-from .aliases import WRITES, WRITES_INPUT, Aliases, memory_of, version_of, written_through
+from .aliases import WRITES, WRITES_INPUT, Aliases, memory_of, written_through
 from .draws import Draw, draw_of, drawing_functions, host_states, is_number
 from .frames import short_name, user_frame, user_lines
 from .hooks import call_hooks
 from .inputs import is_entry_of_input, place_inputs
+from .operations import is_constant
 from .patches import patched
 from .proxy import (
     UNKNOWN,
@@ -45,10 +46,11 @@ from .proxy import (
     ValueProxy,
     is_compiled,
 )
-from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, is_arithmetic_on_sizes, reads_values
+from .reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, reads_values
 from .state import is_generator
 from .structure import compiled_from, copy_inputs, has_hooks, stands_elsewhere
 from .watch import Watch, unwatched
+from .writes import version_of
 
 
 class ValueTracer(fx.Tracer):
@@ -586,6 +588,17 @@ def _may_draw(kind: str, target: Any, args: Any) -> bool:
         home = str(getattr(target, "__module__", None) or "torch")
         return isinstance(target, Draw) or not home.startswith(("torch", "_operator", "math", "hc_transform"))
     return kind == "call_module" or is_generator(args[0])
+
+
+def is_arithmetic_on_sizes(target: Any, args: Any) -> bool:
+    """Whether an operation is arithmetic on sizes: no argument is a tensor."""
+    if getattr(target, "__module__", None) not in (operator.add.__module__, math.__name__):
+        return False
+    leaves = pytree.tree_leaves(args)
+    return any(type(a) is ValueProxy for a in leaves) and all(
+        isinstance(a.hc_value, (bool, int, float, torch.Size)) if type(a) is ValueProxy else is_constant(a)
+        for a in leaves
+    )
 
 
 def _context_state() -> tuple[Any, ...]:

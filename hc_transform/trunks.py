@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import fx
 
 from .findings import Reason, Residual, Skipped
-from .kinds import Kinds, is_tensor
+from .kinds import Kinds
+from .operations import is_tensor
 from .passage import Flow, Passage
 
 

@@ -8,7 +8,7 @@ from torch import fx
 
 from .dialects import name_of
 from .findings import Findings, Reason
-from .kinds import IDENTITIES, MOVES, NORMS, POINTWISES, REDUCES
+from .operations import IDENTITIES, MOVES, NORMS, POINTWISES, REDUCES
 from .passage import IN_PLACE_OPERATORS
 from .reads import is_shape_read
 from .trunks import as_skipped

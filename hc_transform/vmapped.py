@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,9 +17,7 @@ from torch.utils import _pytree as pytree
 
 from .flat import flatten_graph, unflatten_graph
 from .graph_code import shared_function_of
-
-if TYPE_CHECKING:
-    from .tracer import ValueTracer
+from .recorder import Recorder
 
 
 class Vmapped:
@@ -57,7 +55,7 @@ def entry_of_batch(x: Any, dim: int) -> Any:
     return x.select(dim, 0).clone()
 
 
-def record_vmap(tracer: ValueTracer, func: Callable[..., Any], settings: dict[str, Any], args: Any, kwargs: Any) -> Any:
+def record_vmap(tracer: Recorder, func: Callable[..., Any], settings: dict[str, Any], args: Any, kwargs: Any) -> Any:
     """Record a call of what ``torch.vmap`` returned.
 
     Args:
@@ -88,7 +86,7 @@ def record_vmap(tracer: ValueTracer, func: Callable[..., Any], settings: dict[st
 
 
 @contextmanager
-def _apart(tracer: ValueTracer) -> Iterator[list[fx.Node]]:
+def _apart(tracer: Recorder) -> Iterator[list[fx.Node]]:
     """Yield what will be the nodes recorded meanwhile, which are not to be met again afterwards."""
     made: list[fx.Node] = []
     before = set(tracer.graph.nodes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch.compiler import assume_constant_result
 
 # Each element by itself, so that streams go through as one value would: functions, and methods with "_" at the end.
@@ -95,3 +96,8 @@ def has_own_hooks(module: Any) -> bool:
     """Whether hooks that a user registered, and no engine, are called when ``module`` is."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return not all([of_engine(hook) for hook in hooks])
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Return how often a tensor was changed in place."""
+    return -1 if tensor.is_inference() else tensor._version

@@ -13,7 +13,8 @@ from torch import fx, nn
 
 import hc_transform as hct
 from hc_transform.keys import keys_of
-from hc_transform.kinds import Kind, Kinds
+from hc_transform.kinds import Kinds
+from hc_transform.operations import Kind
 from hc_transform.spellings import sum_of
 
 D = 8
