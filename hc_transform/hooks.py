@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from .carrier import TrunkValue, enter, hand_on, holds_streams, is_trunk_value, read_out

@@ -412,8 +412,11 @@ def test_every_residual_has_connections_of_its_own(names, scope):
 
 
 def test_keys_are_those_of_names_where_they_are_free():
-    assert keys_of(["a.b", "c"]) == {"a.b": "a_b", "c": "c"}
-    assert len(set(keys_of(["a.b", "a_b", "a-b", "pop", "training"]).values())) == 5
+    at = "a.hyper_connections."
+    assert keys_of([("a.b", "a"), ("c", "")]) == {"a.b": f"{at}b", "c": "hyper_connections.c"}
+    assert keys_of([("a", "a"), ("a:2", "a")]) == {"a": f"{at}residual", "a:2": f"{at}residual_2"}
+    same = [(name, "a") for name in ("a.b.c", "a.b_c", "a.b-c", "a.pop", "a.training", "a.stream_dropout")]
+    assert len(set(keys_of(same).values())) == len(same)
 
 
 def test_a_thousand_residuals_are_found_and_planned_in_seconds():
