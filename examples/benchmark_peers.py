@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import hc_transform as hct
-from hc_transform.bench import bench, table
-from hc_transform.cost import H100_BANDWIDTH
+from hc_transform.measuring.bench import bench, table
+from hc_transform.measuring.cost import H100_BANDWIDTH
 
 
 class Attention(nn.Module):

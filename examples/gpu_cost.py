@@ -25,8 +25,8 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import hc_transform as hct
-from hc_transform.cost import Cost, inductor_cost, regional_cost
-from hc_transform.registers import registers_of
+from hc_transform.measuring.cost import Cost, inductor_cost, regional_cost
+from hc_transform.measuring.registers import registers_of
 
 CONNECTIONS = ["static", "identity", "dynamic", "kromhc", "mhc", "mhc-lite"]
 DIMS = {"gpt": 768, "vit": 384}

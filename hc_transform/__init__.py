@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from .block_module import block_graphs
-from .carried import carry
-from .carrier import TrunkValue
 from .connections import (
     CONNECTIONS,
     Connection,
@@ -17,8 +14,9 @@ from .connections import (
     MHCLiteConnection,
     StaticConnection,
 )
+from .connections.sinkhorn import SinkhornError, sinkhorn, sinkhorn_error
+from .connections.trunk_ends import LearnedReadout, StreamEmbedding
 from .convert import convert, plan
-from .ends import LearnedReadout, StreamEmbedding
 from .errors import (
     DecisionChanged,
     HCTransformError,
@@ -29,19 +27,21 @@ from .errors import (
     UnknownDialect,
     UnsupportedModel,
 )
-from .find import find_residuals
-from .findings import Findings, Reason, Residual, Shortcut, Skipped
-from .layer import HyperConnections, PlainResidual, get_init_and_expand_reduce_stream_functions
-from .module import HyperConnectedModule
+from .layer.layer import HyperConnections, PlainResidual, get_init_and_expand_reduce_stream_functions
+from .layer.packed_streams import StreamEmbed, get_expand_reduce_stream_functions
 from .options import Options
-from .packed import StreamEmbed, get_expand_reduce_stream_functions
-from .planner import Plan, make_plan
-from .regional import compile_regions
-from .report import Record, Report
-from .rewrite import rewrite
-from .sinkhorn import SinkhornError, sinkhorn, sinkhorn_error
-from .streams import Coefficients, FractionCoefficients, expand, read, readout, write
-from .trunks import Trunk
+from .residuals.find import find_residuals
+from .residuals.findings import Findings, Reason, Residual, Shortcut, Skipped
+from .residuals.planner import Plan, make_plan
+from .residuals.report import Record, Report
+from .residuals.trunks import Trunk
+from .rewriting.rewrite import rewrite
+from .running.block_module import block_graphs
+from .running.graph_model import HyperConnectedModule
+from .running.regional import compile_regions
+from .streams.carried import carry
+from .streams.mixing import Coefficients, FractionCoefficients, expand, read, readout, write
+from .streams.trunk_value import TrunkValue
 
 __version__ = "0.1.0"
 

@@ -15,9 +15,9 @@ from torch import nn
 from .connections import CONNECTIONS
 from .connections.base import INITS
 from .convert import SCOPES, convert
-from .cost import H100_BANDWIDTH
 from .errors import HCTransformError
-from .examples import example_inputs, random_input
+from .measuring.cost import H100_BANDWIDTH
+from .models.examples import example_inputs, random_input
 from .options import READOUTS, SHORTCUTS
 
 
@@ -48,7 +48,7 @@ def show(options: argparse.Namespace) -> int:
 
 def benchmark(options: argparse.Namespace) -> int:
     """Measure the model of ``options.spec`` before and after conversion, and print the table."""
-    from .bench import bench, table
+    from .measuring.bench import bench, table
 
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model, example = _model_and_inputs(options)

@@ -15,32 +15,32 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram, UnflattenedModule
 
-from .additions import make_connections, new_modules, other_parameters
-from .compare import compare
+from .capture.tape import record
+from .capture.trace import bind_inputs, describe
 from .connections import ConnectionLike
 from .convert_blocks import convert_blocks, move_into
-from .dialects import name_of
 from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
-from .examples import example_inputs
 from .exported import convert_exported, example_of, is_exported, plan_exported, refuse_choices
-from .find import find_residuals
-from .findings import Reason
-from .hints import Hints
-from .keys import CONNECTIONS_NAME
-from .module import HyperConnectedModule
+from .graphs.dialects import name_of
+from .models.compare import compare
+from .models.copies import clone_structure, in_other_mode, uncompile
+from .models.examples import example_inputs
+from .models.selection import Hints
+from .models.state import generators_seeded, no_inference_mode
 from .options import Options
-from .pipeline import Analysis, analyse
-from .planner import Plan
-from .report import report_of
-from .state import generators_seeded, no_inference_mode
-from .structure import clone_structure, in_other_mode, uncompile
-from .tape import record
+from .residuals.analysis import Analysis, analyse
+from .residuals.find import find_residuals
+from .residuals.findings import Reason
+from .residuals.keys import CONNECTIONS_NAME
+from .residuals.planner import Plan
+from .residuals.report import report_of
+from .rewriting.new_modules import make_connections, new_modules, other_parameters
+from .running.graph_model import HyperConnectedModule
+from .running.variants import decides_on_training
 from .threads import one_at_a_time, uncompiled
-from .trace import bind_inputs, describe
-from .variants import decides_on_training
-from .verify import not_equivalent, run_like, tolerance_of
-from .verify import verify as verify_graph
-from .verify_blocks import verify_blocks
+from .verification.verify import not_equivalent, run_like, tolerance_of
+from .verification.verify import verify as verify_graph
+from .verification.verify_blocks import verify_blocks
 
 log = logging.getLogger("hc_transform")
 

@@ -9,26 +9,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from .additions import expand_key, make_connections, make_ends, readout_key
-from .block_module import install
-from .block_runner import RUNNER, BlockError, BlockRunner, reads_training
-from .blocks import BlockPlan, BlocksPlan, container, find_holders, in_some_calls, plan_blocks
-from .candidates import may_add
+from .capture.add_bytecode import may_add
+from .capture.tape import Tape, record
+from .capture.trace import describe
 from .connections import Connection
 from .errors import HCTransformError
-from .find import find_residuals
-from .findings import Reason, Residual
-from .hints import Hints
-from .hooks import read_outputs
-from .keys import DROPOUT_KEY, EXPAND, READOUT, added_modules, relative
+from .models.copies import clone_structure, compiled_from, in_other_mode
+from .models.selection import Hints
 from .options import Options
-from .planner import Plan, make_plan, selected
-from .structure import clone_structure, compiled_from, in_other_mode
-from .tape import Tape, record
-from .trace import describe
-from .trunks import as_skipped
-from .variants import Captures
-from .verify import run_like
+from .residuals.find import find_residuals
+from .residuals.findings import Reason, Residual
+from .residuals.keys import DROPOUT_KEY, EXPAND, READOUT, added_modules, relative
+from .residuals.placement import BlockPlan, BlocksPlan, container, find_holders, in_some_calls, plan_blocks
+from .residuals.planner import Plan, make_plan, selected
+from .residuals.trunks import as_skipped
+from .rewriting.new_modules import expand_key, make_connections, make_ends, readout_key
+from .running.block_module import install
+from .running.block_runner import RUNNER, BlockError, BlockRunner, reads_training
+from .running.variants import Captures
+from .streams.hook_readouts import read_outputs
+from .verification.verify import run_like
 
 ATTEMPTS = 20  # blocks of one model that turn out not to be traceable
 

@@ -9,19 +9,19 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-from .additions import make_connections, new_modules, other_parameters
-from .dialects import is_complete
+from .capture.trace import describe
 from .errors import TraceError, UnsupportedModel
-from .find import find_residuals
-from .findings import Reason
+from .graphs.dialects import is_complete
 from .options import Options
-from .planner import Plan, make_plan
-from .report import report_of
-from .rewrite import rewrite
-from .trace import describe
-from .unused import without_unused
-from .verify import run_like
-from .verify import verify as verify_graph
+from .residuals.find import find_residuals
+from .residuals.findings import Reason
+from .residuals.planner import Plan, make_plan
+from .residuals.report import report_of
+from .residuals.unused import without_unused
+from .rewriting.new_modules import make_connections, new_modules, other_parameters
+from .rewriting.rewrite import rewrite
+from .verification.verify import run_like
+from .verification.verify import verify as verify_graph
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 BAKED = (

@@ -11,8 +11,8 @@ from torch import nn
 
 import hc_transform as hct
 from hc_transform.__main__ import main
-from hc_transform.bench import Figures, Times, bench, peak_bytes, saved_bytes, table
-from hc_transform.cost import cost_available
+from hc_transform.measuring.bench import Figures, Times, bench, peak_bytes, saved_bytes, table
+from hc_transform.measuring.cost import cost_available
 
 
 class Double(nn.Module):

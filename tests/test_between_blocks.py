@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hc_transform as hct
-from hc_transform.carrier import TrunkValue, enter, read_out
+from hc_transform.streams.trunk_value import TrunkValue, enter, read_out
 
 N, D = 3, 6
 

@@ -14,11 +14,11 @@ from checks import connections, wake
 from models import GPT
 
 import hc_transform as hct
-from hc_transform.bench import saved_bytes
 from hc_transform.connections import base
 from hc_transform.connections.per_token import sum_of_halves
 from hc_transform.connections.projection import EPS, project_normed
-from hc_transform.reference import separate
+from hc_transform.measuring.bench import saved_bytes
+from hc_transform.verification.reference import separate
 
 FORMS = ("eager", "numbers")  # as it runs in eager mode, and compiled for GPUs
 

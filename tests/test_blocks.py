@@ -13,9 +13,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hc_transform as hct
-from hc_transform.blocks import find_holders, plan_blocks
-from hc_transform.carrier import TrunkValue, read_out
-from hc_transform.tape import record
+from hc_transform.capture.tape import record
+from hc_transform.residuals.placement import find_holders, plan_blocks
+from hc_transform.streams.trunk_value import TrunkValue, read_out
 
 N = 3
 

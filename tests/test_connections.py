@@ -14,10 +14,10 @@ from torch import nn
 
 import hc_transform as hct
 from hc_transform import CONNECTIONS, Coefficients, DynamicConnection, FracConnection, StaticConnection
-from hc_transform.carried import carry_folded, carry_random
 from hc_transform.connections.constrained import prime_factors
 from hc_transform.connections.projection import project
-from hc_transform.streams import (
+from hc_transform.streams.carried import carry_folded, carry_random
+from hc_transform.streams.mixing import (
     PackedCoefficients,
     distribute,
     entries,

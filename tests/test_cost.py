@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import hc_transform as hct
-from hc_transform.cost import cost_available, inductor_cost, regional_cost
-from hc_transform.regions import repeating_parts
-from hc_transform.registers import registers_of
+from hc_transform.measuring.cost import cost_available, inductor_cost, regional_cost
+from hc_transform.measuring.registers import registers_of
+from hc_transform.running.regions import repeating_parts
 
 pytestmark = pytest.mark.skipif(not cost_available(), reason="needs Triton's compiler")
 
@@ -173,7 +173,7 @@ def test_four_warps_spill_nothing(connection):
 @pytest.mark.parametrize("connection", ["static", "dynamic", "mhc", "identity"])
 def test_time_on_a_gpu(connection, record_property):
     """The time of a training step, printed; kernels that move so few bytes take at most three times as long."""
-    from hc_transform.bench import bench
+    from hc_transform.measuring.bench import bench
 
     models = {name: chain(c).cuda() for name, c in (("plain", None), (connection, connection))}
     x = torch.randn(N, D, device="cuda").bfloat16().requires_grad_()

@@ -12,10 +12,10 @@ from checks import error, moved
 from torch import fx, nn
 
 import hc_transform as hct
-from hc_transform.keys import keys_of
-from hc_transform.kinds import Kinds
-from hc_transform.operations import Kind
-from hc_transform.spellings import sum_of
+from hc_transform.capture.kinds import Kinds
+from hc_transform.graphs.operations import Kind
+from hc_transform.residuals.keys import keys_of
+from hc_transform.residuals.spellings import sum_of
 
 D = 8
 SCOPES = ["graph", "blocks"]

@@ -14,7 +14,7 @@ from checks import error, weighted
 from torch._dynamo.testing import CompileCounter
 
 import hc_transform as hct
-from hc_transform.carrier import TrunkValue
+from hc_transform.streams.trunk_value import TrunkValue
 
 transformers = pytest.importorskip("transformers")
 

@@ -21,7 +21,7 @@ from hc_transform import (
     MHCConnection,
     get_expand_reduce_stream_functions,
 )
-from hc_transform.streams import read, write
+from hc_transform.streams.mixing import read, write
 
 BOUND = 1e-5
 D = 12

@@ -13,7 +13,7 @@ from rebuilt_vision import Clip, DinoV2
 from torch import nn
 
 import hc_transform as hct
-from hc_transform.trace import trace
+from hc_transform.capture.trace import trace
 
 SCOPES = pytest.mark.parametrize("scope", ["graph", "blocks"])
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 import hc_transform as hct
-from hc_transform.regions import region_of, repeating_parts
+from hc_transform.running.regions import region_of, repeating_parts
 
 
 @pytest.fixture(autouse=True)

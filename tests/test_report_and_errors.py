@@ -12,8 +12,8 @@ from models import GPT, Chain, ConvBlock, Mixing
 from torch import nn
 
 import hc_transform as hct
-from hc_transform import verify
 from hc_transform.__main__ import main
+from hc_transform.verification import verify
 
 
 def tokens():

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import hc_transform as hct
-from hc_transform import rounding
-from hc_transform.compare import tensor_error
-from hc_transform.rounding import Rounding
-from hc_transform.structure import doubled_modules
-from hc_transform.variants import Captures
+from hc_transform.models.compare import tensor_error
+from hc_transform.models.copies import doubled_modules
+from hc_transform.running.variants import Captures
+from hc_transform.verification import rounding
+from hc_transform.verification.rounding import Rounding
 
 D = 8
 SCOPES = ["graph", "blocks"]
@@ -59,9 +59,9 @@ FAULTS = {"swapped streams": swapped, "a stream one in a thousand too large": sc
 
 def damage(monkeypatch, fault, place):
     """Let rewriting damage the streams that the residual at ``place`` of three writes to, in both scopes."""
-    from hc_transform import block_runner, module
+    from hc_transform.running import block_runner, graph_model
 
-    made, blocks = module.rewritten_graph, itertools.cycle(range(3))
+    made, blocks = graph_model.rewritten_graph, itertools.cycle(range(3))
 
     def rewritten_graph(gm, plan):
         graph = made(gm, plan)
@@ -73,7 +73,7 @@ def damage(monkeypatch, fault, place):
             write.args = (graph.call_function(fault, (write.args[0],)), *write.args[1:])
         return graph
 
-    for where in (module, block_runner):
+    for where in (graph_model, block_runner):
         monkeypatch.setattr(where, "rewritten_graph", rewritten_graph)
     monkeypatch.setattr(Captures, "twins", lambda self, alike: iter(()))  # each block has a graph of its own
 
@@ -119,8 +119,8 @@ def test_outputs_that_rounding_moves_too_far_at_the_start_are_not_called_verifie
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_mistake_at_the_start_is_found(monkeypatch, scope):
     damage(monkeypatch, lambda streams: (streams[0] * 1.2, *streams[1:]), 2)
-    monkeypatch.setattr("hc_transform.verify.STREAM_TOLERANCES", {})  # by the outputs alone
-    monkeypatch.setattr("hc_transform.verify_blocks.STREAM_TOLERANCES", {})
+    monkeypatch.setattr("hc_transform.verification.verify.STREAM_TOLERANCES", {})  # by the outputs alone
+    monkeypatch.setattr("hc_transform.verification.verify_blocks.STREAM_TOLERANCES", {})
     with pytest.raises(hct.NotEquivalent, match="no residual differs by itself"):
         converted(*near(1e-3), scope, **MIRRORED)
 

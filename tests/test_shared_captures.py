@@ -149,7 +149,7 @@ def test_stream_embeddings_and_calls_of_one_block_keep_their_places() -> None:
 
 
 def test_objects_are_kept_apart_by_themselves() -> None:
-    from hc_transform.configuration import configuration_of
+    from hc_transform.capture.configuration import configuration_of
 
     settings = Settings(1.0)
     one, other = Block(settings=settings), Block(settings=Settings(1.0))

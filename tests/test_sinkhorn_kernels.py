@@ -10,8 +10,8 @@ import sys
 import pytest
 import torch
 
-from hc_transform import sinkhorn
-from hc_transform.registers import assembled
+from hc_transform.connections import sinkhorn
+from hc_transform.measuring.registers import assembled
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
 
@@ -19,12 +19,12 @@ INTERPRET = """
 import sys
 import torch
 import hc_transform
-from hc_transform import sinkhorn_kernels as kernels
-sys.modules["hc_transform.sinkhorn"]._kernels_for = lambda logits: kernels
+from hc_transform.connections import sinkhorn_kernels as kernels
+sys.modules["hc_transform.connections.sinkhorn"]._kernels_for = lambda logits: kernels
 kernels.MIN_PROGRAMS, kernels.SCRATCH_BYTES = 1, 0  # one program takes all blocks
 results = {}
 for name, (logits, weight, iterations, eps) in torch.load(sys.argv[1]).items():
-    matrix = hc_transform.sinkhorn(logits.requires_grad_(), iterations, eps)
+    matrix = hc_transform.connections.sinkhorn(logits.requires_grad_(), iterations, eps)
     results[name] = matrix.detach(), *torch.autograd.grad(matrix, logits, weight)
 torch.save(results, sys.argv[2])
 """
@@ -88,7 +88,7 @@ def compiled(kernel, n, eps, **types):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from hc_transform.sinkhorn_kernels import _settings
+    from hc_transform.connections.sinkhorn_kernels import _settings
 
     constants = _settings(n, eps)
     tensors = {"out", "grad", "logits", "scratch"}
@@ -109,7 +109,7 @@ def compiled(kernel, n, eps, **types):
 @pytest.mark.parametrize("eps", [0.0, 1e-6])
 @pytest.mark.parametrize("n, forward, backward", [(3, 48, 80), (4, 48, 80), (8, 80, 160), (16, 80, 168)])
 def test_kernels_compile_for_an_h100_without_spills(n, forward, backward, eps):
-    kernels = pytest.importorskip("hc_transform.sinkhorn_kernels")
+    kernels = pytest.importorskip("hc_transform.connections.sinkhorn_kernels")
     for kernel, registers in ((kernels._sinkhorn_forward, forward), (kernels._sinkhorn_backward, backward)):
         result = compiled(kernel, n, eps)
         assert result.asm["cubin"]
@@ -122,14 +122,14 @@ def test_kernels_compile_for_an_h100_without_spills(n, forward, backward, eps):
 @needs_triton
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="nothing is compiled")
 def test_more_matrices_than_32_bits_count():
-    kernels = pytest.importorskip("hc_transform.sinkhorn_kernels")
+    kernels = pytest.importorskip("hc_transform.connections.sinkhorn_kernels")
     for kernel in (kernels._sinkhorn_forward, kernels._sinkhorn_backward):
         assert compiled(kernel, 4, 0.0, count="i64").asm["cubin"]
 
 
 @needs_triton
 def test_a_gpu_that_triton_fails_on_is_left_to_torch(monkeypatch):
-    kernels = pytest.importorskip("hc_transform.sinkhorn_kernels")
+    kernels = pytest.importorskip("hc_transform.connections.sinkhorn_kernels")
 
     def device(_):
         raise RuntimeError("Failed to find C compiler")
@@ -144,7 +144,7 @@ def test_a_gpu_that_triton_fails_on_is_left_to_torch(monkeypatch):
 
 
 def test_importing_the_package_does_not_import_the_kernels():
-    code = "import sys, hc_transform; assert 'hc_transform.sinkhorn_kernels' not in sys.modules"
+    code = "import sys, hc_transform; assert 'hc_transform.connections.sinkhorn_kernels' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hc_transform as hct
-from hc_transform.ends import StreamDropout
+from hc_transform.connections.trunk_ends import StreamDropout
 
 
 def tokens(batch):

@@ -15,8 +15,8 @@ from checks import connections, error
 from torch import nn
 
 import hc_transform as hct
-from hc_transform.compare import compare, relative_error
-from hc_transform.verify import run_like, separated
+from hc_transform.models.compare import compare, relative_error
+from hc_transform.verification.verify import run_like, separated
 
 
 class Block(nn.Module):
@@ -264,7 +264,7 @@ def test_all_generators_are_seeded_alike_and_put_back():
 
 
 def test_a_failure_of_the_reference_is_an_error(monkeypatch):
-    from hc_transform.reference import ReferenceInterpreter
+    from hc_transform.verification.reference import ReferenceInterpreter
 
     def fail(self, residual):
         raise RuntimeError("no such stream")
@@ -310,7 +310,7 @@ def test_a_model_that_decides_on_values_is_verified_at_the_start_alone(scope):
 
 
 def test_a_tape_that_does_not_repeat_is_told(monkeypatch):
-    monkeypatch.setattr("hc_transform.verify_blocks.relative_error", lambda a, b: float("inf"))
+    monkeypatch.setattr("hc_transform.verification.verify_blocks.relative_error", lambda a, b: float("inf"))
     report = hct.convert(Stack(), (torch.randn(2, 8),), scope="blocks").hc_report
     note = next(n for n in report.notes if "erified" in n)
     assert note.endswith("Not verified with separated streams: the recorded run gives other outputs when repeated.")

@@ -1,4 +1,7 @@
-"""Connections: how h_pre, h_post and h_res of one residual are made."""
+"""Connections: how h_pre, h_post and h_res of one residual are made, and the ends of trunks.
+
+May import: streams.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,7 @@ import functools
 from collections.abc import Callable
 
 from .base import Connection
-from .constrained import (
-    ConstrainedConnection,
-    IdentityConnection,
-    KromHCConnection,
-    MHCConnection,
-    MHCLiteConnection,
-)
+from .constrained import ConstrainedConnection, IdentityConnection, KromHCConnection, MHCConnection, MHCLiteConnection
 from .dynamic import DynamicConnection
 from .frac import FracConnection
 from .static import StaticConnection

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..streams import (
+from ..streams.mixing import (
     AnyCoefficients,
     Coefficients,
     CompiledCoefficients,

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sinkhorn import sinkhorn
-from ..streams import Coefficients, full_precision
+from ..streams.mixing import Coefficients, full_precision
 from .base import Connection, starting_reads, starting_writes
 from .per_token import constrained_entries, in_rows, kronecker_entries
 from .projection import EPS, project_flattened
+from .sinkhorn import sinkhorn
 
 SCALE = 0.01
 READ_PEAK = 0.9  # start "paper": h_pre of the stream that is read; a sigmoid has no 1

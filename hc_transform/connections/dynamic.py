@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams import Coefficients, full_precision
+from ..streams.mixing import Coefficients, full_precision
 from .per_token import dynamic_entries, in_rows
 from .projection import project_each_normed
 from .static import StaticConnection

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams import FractionCoefficients, full_precision
+from ..streams.mixing import FractionCoefficients, full_precision
 from .base import Connection, starting_reads, starting_writes
 from .dynamic import SCALE
 from .projection import project_each_normed, without_autocast

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streams import Coefficients, full_precision
+from ..streams.mixing import Coefficients, full_precision
 from .projection import EPS
 
 Entries = tuple[Tensor, ...]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streams import full_precision, transformed
+from ..streams.mixing import full_precision, transformed
 
 EPS = 1e-6
 

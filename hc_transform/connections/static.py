@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams import Coefficients, full_precision
+from ..streams.mixing import Coefficients, full_precision
 from .base import Connection, starting_reads, starting_writes
 from .per_token import in_rows, static_entries
 

@@ -1,0 +1,204 @@
+"""What is changed in Python and torch while a model is traced, and put back afterwards."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.utils.checkpoint
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils import _pytree as pytree
+
+from ..graphs.operations import FACTORIES, is_constant
+from ..threads import replaced
+from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
+from .recorder import Recorder
+from .vmapped import record_vmap
+
+UNBOUND = "add add_ sub sub_ mul mul_ lerp lerp_ addcmul addcdiv addmm baddbmm index_add __add__ __sub__".split()
+
+
+class _RecordCalls(TorchFunctionMode):
+    """Send every torch call of traced code to the tracer."""
+
+    def __init__(self, tracer: Recorder) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.tracer.evaluating:
+            return func(*args, **kwargs)
+        leaves = pytree.tree_leaves((args, kwargs))
+        name = getattr(func, "__name__", "")
+        traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
+        if not traced and not (name in FACTORIES and all(is_constant(leaf) for leaf in leaves)):
+            return func(*args, **kwargs)
+        if isinstance(func, torch._C.ScriptMethod):
+            raise CannotInline(self.tracer._paths[-1], "it calls a scripted method")
+        with self:  # the mode is off while it handles a call; what follows may run user code
+            if is_tensor_method_or_property(func):
+                return self.tracer.create_proxy("call_method", name, args, kwargs)
+            return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+
+@contextlib.contextmanager
+def patched(tracer: Recorder) -> Iterator[None]:
+    """Let ``isinstance``, ``module.training`` and autograd functions see through proxies."""
+    plain_isinstance, plain_callable = builtins.isinstance, builtins.callable
+    plain_apply = torch.autograd.Function.__dict__["apply"]
+
+    def value_isinstance(obj: Any, kinds: Any) -> bool:
+        if type(obj) is ValueProxy and not plain_isinstance(obj, kinds):
+            return obj.hc_value is not UNKNOWN and plain_isinstance(obj.hc_value, kinds) and kinds is not nn.Parameter
+        return plain_isinstance(obj, kinds)
+
+    def value_callable(obj: Any) -> bool:  # a proxy's class has __call__, whatever it stands for
+        known = type(obj) is ValueProxy and obj.hc_value is not UNKNOWN
+        return plain_callable(obj.hc_value if known else obj)
+
+    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        function = plain_apply.__get__(None, cls)
+        if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
+            return function(*args, **kwargs)
+        if cls is torch.utils.checkpoint.CheckpointFunction and tracer.is_tracing():
+            if tracer.probing:
+                return args[0](*args[2:], **kwargs)
+            refuse_checkpoint()
+        return tracer.create_proxy("call_function", AppliedFunction(cls), args, kwargs)
+
+    def refuse_checkpoint() -> None:
+        raise CannotInline(tracer._paths[-1], "it uses activation checkpointing; turn that off before converting")
+
+    def around_function(plain: Any, *args: Any, **kwargs: Any) -> Any:
+        """Stand for the generator that ``checkpoint`` steps before and after it calls the function."""
+        if not tracer.is_tracing():  # a leaf that runs for real
+            return plain(*args, **kwargs)
+        if tracer.probing:
+            return iter([None])
+        refuse_checkpoint()
+
+    def make(factory: Any, *args: Any, **kwargs: Any) -> Any:
+        """Record a factory that is given a proxy, which torch may find to be no number or dtype."""
+        if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
+            return factory(*args, **kwargs)
+        return tracer.create_proxy("call_function", factory, args, kwargs)
+
+    def call_script(script: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.evaluating or not any(type(a) is ValueProxy for a in pytree.tree_leaves((args, kwargs))):
+            return plain_script(script, *args, **kwargs)
+        return tracer.create_proxy("call_function", ScriptedFunction(script), args, kwargs)
+
+    def vmap(
+        func: Any, in_dims: Any, out_dims: Any, randomness: Any, chunk_size: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        settings = {"in_dims": in_dims, "out_dims": out_dims, "randomness": randomness, "chunk_size": chunk_size}
+        if not tracer.is_tracing():
+            return plain_vmap(func, *settings.values(), *args, **kwargs)
+        return record_vmap(tracer, func, settings, args, kwargs)
+
+    # checkpoint() is imported by name into user code, so what it calls is patched; the name varies by version.
+    generators = [n for n in vars(torch.utils.checkpoint) if n.startswith("_checkpoint_without_reentrant_generator")]
+    plain_checkpoints = {name: getattr(torch.utils.checkpoint, name) for name in generators}
+    plain_grad_mode = torch.is_grad_enabled
+    plain_vmap = torch._functorch.apis.vmap_impl
+    plain_enter = torch.autocast.__enter__
+    plain_factories = {name: getattr(torch, name) for name in FACTORIES}
+    plain_limits = {name: getattr(torch, name) for name in ("finfo", "iinfo")}
+    plain_script = torch._C.ScriptFunction.__call__
+
+    def limits_of(limits: Any, dtype: Any = None) -> Any:
+        if type(dtype) is ValueProxy and isinstance(dtype.hc_value, torch.dtype):
+            hash(dtype)  # which records what it is
+            dtype = dtype.hc_value
+        return limits() if dtype is None else limits(dtype)
+
+    def is_grad_enabled() -> Any:
+        """Record the question, but of torch's own code, which chooses between ways to compute the same."""
+        asked_by_torch = str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.")
+        return plain_grad_mode() if asked_by_torch or not tracer.is_tracing() else tracer.grad_mode_flag()
+
+    def enter(region: torch.autocast) -> Any:
+        if (
+            tracer.is_tracing() and not tracer.probing
+        ):  # also one that changes nothing now: it would under another state
+            raise CannotInline(tracer._paths[-1], "it sets the autocast state, which a graph does not hold")
+        return plain_enter(region)
+
+    training = property(
+        lambda module: tracer.training_flag(module),
+        lambda module, mode: module.__dict__.__setitem__("training", mode),
+    )
+    plain_setattr = nn.Module.__setattr__
+
+    def get_attribute(module: nn.Module, name: str) -> Any:
+        value = object.__getattribute__(module, name)
+        if tracer.is_tracing() and not name.startswith("__"):
+            return tracer.attribute(module, name, value)
+        return value
+
+    def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+        if tracer.is_tracing():
+            tracer.watch.write(module, name)
+        plain_setattr(module, name, value)
+
+    with (
+        replaced(
+            (torch._functorch.apis, "vmap_impl", vmap),
+            (torch, "is_grad_enabled", is_grad_enabled),
+            (torch.autocast, "__enter__", enter),
+            (torch._C.ScriptFunction, "__call__", call_script),
+            (builtins, "isinstance", value_isinstance),
+            (builtins, "callable", value_callable),
+            (torch.autograd.Function, "apply", classmethod(apply)),
+            *((torch.utils.checkpoint, n, functools.partial(around_function, f)) for n, f in plain_checkpoints.items()),
+            *((torch, name, functools.partial(make, factory)) for name, factory in plain_factories.items()),
+            *((torch, name, functools.partial(limits_of, limits)) for name, limits in plain_limits.items()),
+            *_drawing(tracer),
+            *_unbound(tracer),
+            *_compiled(tracer),
+            (nn.Module, "training", training),
+            (nn.Module, "__setattr__", set_attribute),
+            (nn.Module, "__getattribute__", get_attribute),
+        ),
+        torch._dynamo.config.patch(error_on_nested_fx_trace=False),
+        _RecordCalls(tracer),
+    ):
+        yield
+
+
+def _drawing(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is to stand for the functions of ``random`` and ``numpy.random`` that draw."""
+    for draw, function in tracer.drawing_functions.values():
+        yield sys.modules[draw.home], draw.name, tracer.drawing(draw, function)
+
+
+def _unbound(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is to stand for methods of tensors that code calls by their class, ``torch.Tensor.add(x, y)``."""
+
+    def method_of(name: str, plain: Any) -> Any:
+        @functools.wraps(plain)
+        def method(*args: Any, **kwargs: Any) -> Any:
+            if tracer.is_tracing() and any(type(a) is ValueProxy for a in args):
+                return tracer.create_proxy("call_method", name, args, kwargs)
+            return plain(*args, **kwargs)
+
+        return method
+
+    for name in UNBOUND:
+        yield torch.Tensor, name, method_of(name, getattr(torch.Tensor, name))
+
+
+def _compiled(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is to stand for the compiled functions that are globals of the code of the traced modules."""
+    homes = {cls.__module__ for module in tracer.root.modules() for cls in type(module).__mro__}
+    for home in (sys.modules.get(name) for name in homes if not name.startswith("torch.nn.modules")):
+        for name, value in list(vars(home).items()) if home is not None else ():
+            if is_compiled(value):
+                yield home, name, tracer.kept_whole(value)

@@ -1,0 +1,289 @@
+"""Guards on Python state: attributes, settings and globals that traced code read, checked before a graph runs.
+
+A graph holds what the code found while it was traced. Each such value is compared on every call, at the cost of a
+look into a dictionary, and in compiled code becomes one of the compiler's own guards.
+"""
+
+from __future__ import annotations
+
+import enum
+import functools
+import operator
+import pickle
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import DecisionChanged
+from ..graphs.guards import HINT
+
+CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
+LONGEST = 64  # containers with more entries are known by their length
+_MISSING = object()
+_HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+Step = tuple[str, Any]  # ("attribute", name) or ("entry", key)
+
+
+@dataclass(frozen=True)
+class Read:
+    """One value that traced code found.
+
+    Attributes:
+        home: path of the module that holds it, or ``module:`` and the name of a Python module for a global.
+        steps: how to come from there to the value.
+        expected: the value or function, :func:`frozen` of a container, :class:`Same`, or :class:`SameEntries`.
+    """
+
+    home: str
+    steps: tuple[Step, ...]
+    expected: Any
+
+    def __str__(self) -> str:
+        home = self.home.removeprefix("module:")
+        return home + "".join(f".{k}" if how == "attribute" else f"[{k!r}]" for how, k in self.steps)
+
+
+class Same:
+    """Stands for an object that is to stay itself: a function, or one that holds settings."""
+
+
+class SameEntries:
+    """Stands for a list whose entries are to stay themselves: modules, or objects that hold settings."""
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """What a container held: its entries where all are constants, else how many."""
+
+    kind: type
+    entries: Any
+
+
+def is_plain(value: Any) -> bool:
+    """Whether ``value`` is a constant that can be compared."""
+    return value is None or isinstance(value, (*CONSTANTS, enum.Enum))
+
+
+def frozen(value: Any) -> Any:
+    """Return what is to be compared of a value: itself, a :class:`Frozen` container, or None where nothing is."""
+    if is_plain(value):
+        return value
+    if isinstance(value, (list, tuple, set, frozenset)):
+        if len(value) <= LONGEST:
+            entries = [frozen(v) for v in value]
+            if all(e is not None or v is None for e, v in zip(entries, value, strict=True)):
+                return Frozen(type(value), frozenset(entries) if isinstance(value, (set, frozenset)) else (*entries,))
+        return Frozen(type(value), len(value))
+    if isinstance(value, dict):
+        return Frozen(type(value), len(value))
+    return None
+
+
+@dataclass
+class PythonState:
+    """The Python state that one graph was traced in.
+
+    Args:
+        reads: what its code found.
+        inlined: modules whose code is part of it; hooks and forwards set on them later would not be called.
+        observed: those of them whose forward hooks the graph calls.
+    """
+
+    reads: tuple[Read, ...] = ()
+    inlined: tuple[str, ...] = ()
+    observed: frozenset[str] = frozenset()
+    _bound: Any = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        plain = tuple(read for read in self.reads if is_plain(read.expected))
+        # For compiled code: raises DecisionChanged if a value is another one; what it reads becomes a guard.
+        self.compiled = _checker(plain) if plain else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PythonState:
+        return PythonState(self.reads, self.inlined, self.observed)
+
+    def __reduce__(self) -> Any:
+        return PythonState, (tuple(r for r in self.reads if _picklable(r)), self.inlined, self.observed)
+
+    def bind(self, root: nn.Module) -> None:
+        """Look up where the values stand, and remember the modules as they are."""
+        places, slow, objects, lists = _places(self.reads, root)
+        self._bound = (root, places, slow, _structure(self.inlined, self.observed, root), objects, lists)
+
+    def change(self, root: nn.Module) -> str | None:
+        """Return what is otherwise than it was, None if nothing is."""
+        if self._bound is None or self._bound[0] is not root:
+            self.bind(root)
+        _, places, slow, (modules, forwards, hooks), objects, lists = self._bound
+        for holder, key, expected, read in places:
+            value = dict.get(holder, key, _MISSING)
+            if value is not expected and (type(value) is not type(expected) or value != expected):
+                return _changed(read, value)
+        for holder, key, same, read in objects:
+            if dict.get(holder, key, _MISSING) is not same:
+                return f"{read} is another object than while tracing"
+        for find, entries, read in lists:
+            value = find()
+            if not isinstance(value, (list, tuple)) or len(value) != len(entries):
+                return f"{read} holds other entries than while tracing"
+            if any(map(operator.is_not, value, entries)):
+                return f"{read} holds other entries than while tracing"
+        for find, expected, read in slow:
+            found = find()
+            value = found if found is expected else frozen(found)
+            if type(value) is not type(expected) or value != expected:
+                return _changed(read, value)
+        for holder, name, module, path in modules:
+            if holder.get(name) is not module:
+                return f"the module {path!r}, whose code is part of the graph, was replaced"
+        for module, forward, path in forwards:
+            if "forward" in module.__dict__ or type(module).forward is not forward:
+                return f"the forward of {path!r}, whose code is part of the graph, was replaced"
+        if any(hooks):
+            return "a hook was added to a module whose code is part of the graph"
+        return None
+
+
+def _changed(read: Read, value: Any) -> str:
+    now = "gone" if value is _MISSING else repr(value.entries if isinstance(value, Frozen) else value)
+    was = read.expected.entries if isinstance(read.expected, Frozen) else read.expected
+    return f"{read} was {was!r} while tracing and is {now} now"
+
+
+def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+    """Return where reads stand, for checks.
+
+    Those are the entries of dictionaries, functions that find other values, objects to stay themselves, the
+    dictionaries that lead to others among them, and functions that find lists whose entries are to.
+    """
+    places: list[Any] = []
+    slow: list[Any] = []
+    objects: list[Any] = []
+    lists: list[Any] = []
+    for read in reads:
+        holder, key = _holder(read, root), read.steps[-1][1]
+        if read.expected is SameEntries:
+            found = _find(read, root)
+            entries = tuple(found) if isinstance(found, (list, tuple)) else ()
+            lists.append((functools.partial(_find, read, root), entries, read))
+            continue
+        if holder is not None and isinstance(read.expected, Frozen) and issubclass(read.expected.kind, dict):
+            objects.append((holder, key, dict.get(holder, key), read))
+        if holder is None:
+            if read.expected is not Same:
+                slow.append((functools.partial(_find, read, root), read.expected, read))
+        elif read.expected is Same:
+            objects.append((holder, key, dict.get(holder, key), read))
+        elif isinstance(read.expected, Frozen):
+            slow.append((functools.partial(dict.get, holder, key, _MISSING), read.expected, read))
+        else:
+            places.append((holder, key, read.expected, read))
+    return places, slow, objects, lists
+
+
+def _holder(read: Read, root: nn.Module) -> dict[Any, Any] | None:
+    """Return the dictionary that a value stands in, None if it is found otherwise.
+
+    The objects on the way to it are compared by themselves, so that they can be passed through once.
+    """
+    try:
+        owner = _follow(_home(read.home, root), read.steps[:-1])
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return None
+    how, key = read.steps[-1]
+    holder = owner if how == "entry" else getattr(owner, "__dict__", None)
+    if how == "attribute" and hasattr(getattr(type(owner), str(key), None), "__set__"):
+        return None  # a property goes before
+    return holder if isinstance(holder, dict) and dict.__contains__(holder, key) else None
+
+
+def _find(read: Read, root: nn.Module) -> Any:
+    try:
+        return _follow(_home(read.home, root), read.steps)
+    except (AttributeError, KeyError, IndexError, TypeError):
+        return _MISSING
+
+
+def _home(home: str, root: nn.Module) -> Any:
+    if home.startswith("module:"):
+        return sys.modules[home.removeprefix("module:")]
+    return root.get_submodule(home)
+
+
+def _follow(value: Any, steps: Iterable[Step]) -> Any:
+    for how, key in steps:
+        value = getattr(value, key) if how == "attribute" else value[key]
+    return value
+
+
+def _structure(inlined: Iterable[str], observed: frozenset[str], root: nn.Module) -> tuple[list[Any], ...]:
+    """Return what tells that modules are the same, run the same code and have no hooks that would be missed."""
+    modules, forwards, hooks = [], [], []
+    for path in inlined:
+        if not path:
+            continue
+        parent, _, name = path.rpartition(".")
+        try:
+            module = root.get_submodule(path)
+        except AttributeError:
+            continue  # not part of this copy
+        modules.append((root.get_submodule(parent)._modules, name, module, path))
+        if "forward" not in module.__dict__:
+            forwards.append((module, type(module).forward, path))
+        hooks += [getattr(module, registry) for registry in _HOOKS]
+        if path not in observed:
+            hooks.append(module._forward_hooks)
+    return modules, forwards, hooks
+
+
+def _picklable(read: Read) -> bool:
+    try:
+        pickle.dumps(read)
+    except Exception:  # a function that has no name, or an object of the user's that does not pickle
+        return False
+    return not read.home.startswith("module:__main__")
+
+
+@functools.lru_cache(maxsize=1024)
+def _checker(reads: tuple[Read, ...]) -> Callable[[nn.Module], None]:
+    """Return code that checks reads one by one, its constants in its text, so that equal blocks share it."""
+    namespace: dict[str, Any] = {"DecisionChanged": DecisionChanged}
+    lines = ["def check(root):"]
+    for read in reads:
+        text = _expression(read, namespace)
+        expected = repr(read.expected)
+        if isinstance(read.expected, (complex, enum.Enum)) or str(type(read.expected).__module__) == "torch":
+            expected = f"constant_{len(namespace)}"
+            namespace[expected] = read.expected
+        if read.expected != read.expected or text is None:
+            continue
+        message = f"{read} was {read.expected!r} while tracing and is something else now. {HINT}"
+        test = f"{text} is not None" if read.expected is None else f"{text} != {expected}"
+        lines.append(f"    if {test}: raise DecisionChanged({message!r})")
+    exec(compile("\n".join([*lines, "    return None"]), "<hc_transform>", "exec"), namespace)
+    check: Callable[[nn.Module], None] = namespace["check"]
+    return check
+
+
+def _expression(read: Read, namespace: dict[str, Any]) -> str | None:
+    """Return the text that reads a value from ``root``."""
+    if read.home.startswith("module:"):
+        text = f"module_{len(namespace)}"
+        namespace[text] = sys.modules[read.home.removeprefix("module:")]
+    else:
+        text = "root"
+        for atom in read.home.split(".") if read.home else ():
+            text = f"{text}.{atom}" if atom.isidentifier() else f"getattr({text}, {atom!r})"
+    for how, key in read.steps:
+        if how == "attribute":
+            text = f"{text}.{key}" if str(key).isidentifier() else f"getattr({text}, {key!r})"
+        elif isinstance(key, (str, int)):
+            text = f"{text}[{key!r}]"
+        else:
+            return None
+    return text

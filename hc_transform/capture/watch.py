@@ -1,0 +1,368 @@
+"""What traced code reads and writes beside tensors: attributes, settings, globals.
+
+Reads become guards (:mod:`hc_transform.capture.python_state`). What a graph would not do again, such as counting in an
+attribute or collecting in a list, keeps the module that does it whole.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import gc
+import inspect
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..graphs.source_lines import INTERNAL_FILES
+from ..models.state import CONTAINERS, Contents, is_generator, is_state, state_of
+from .python_state import LONGEST, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
+
+Key = tuple[str, str]  # (path of a module, name of an attribute)
+DEEPEST = 3  # objects within objects whose fields are looked at
+LIBRARIES = frozenset({"torch", "numpy", "einops", "builtins", "hc_transform", *sys.stdlib_module_names})
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
+
+
+class Watch:
+    """Watch the code that is traced.
+
+    Args:
+        root: the module that is traced.
+        is_on: whether traced code is running now, in this thread.
+        where: the path of the module whose code is running.
+    """
+
+    def __init__(self, root: nn.Module, is_on: Callable[[], bool], where: Callable[[], str]) -> None:
+        self.is_on = is_on
+        self.where = where
+        self.paths = {id(module): path for path, module in root.named_modules()}
+        self.reads: dict[Key, Any] = {}
+        self.writes: dict[Key, str] = {}  # with the module whose code wrote first
+        self.shared = SharedState(root, is_on, where)
+        self.names = self.shared.names
+
+    def read(self, module: nn.Module, name: str, value: Any) -> None:
+        """Note that traced code read an attribute of a module."""
+        path = self.paths.get(id(module))
+        if path is None or name == "training" or not is_state(name) or name.startswith("__"):
+            return
+        if isinstance(value, (nn.Module, torch.Tensor, fx.Proxy, types.MethodType)):
+            if isinstance(value, torch.Tensor) or name not in module.__dict__ or isinstance(value, nn.Module):
+                return
+        cls: Any = type(module)
+        key = (path, name)
+        if key not in self.reads and key not in self.writes and not _is_property(cls, name):
+            self.reads[key] = value
+
+    def write(self, module: nn.Module, name: str) -> None:
+        """Note that traced code sets an attribute of a module."""
+        path = self.paths.get(id(module))
+        if path is not None and name != "training" and is_state(name):
+            self.writes.setdefault((path, name), self.where())
+
+    # -- what was read
+
+    def guards(self) -> tuple[Read, ...]:
+        """Return a guard for everything that was read."""
+        found: dict[tuple[str, tuple[Step, ...]], Read] = {}
+        for (path, name), value in self.reads.items():
+            for read in self._guards_of(path, (("attribute", name),), value, 0):
+                found.setdefault((read.home, read.steps), read)
+        for shared in self.shared.seen.values():
+            space, name, before = shared.owner, shared.name, shared.value
+            if isinstance(space, type) or shared.where is None:
+                continue  # read from an instance
+            home = str(space.get("__name__", ""))
+            if getattr(sys.modules.get(home), "__dict__", None) is not space or _is_library(home):
+                continue
+            if isinstance(before, FUNCTIONS) and not inspect.isclass(before):
+                continue
+            for read in self._guards_of(f"module:{home}", (("attribute", name),), before, 0):
+                found.setdefault((read.home, read.steps), read)
+        return tuple(found.values())
+
+    def _guards_of(self, home: str, steps: tuple[Step, ...], value: Any, depth: int) -> Iterator[Read]:
+        if isinstance(value, nn.Module):
+            yield from self._guards_of_module(home, steps, value)
+            return
+        if isinstance(value, (torch.Tensor, fx.Proxy)) or is_generator(value):
+            return
+        if isinstance(value, types.ModuleType):
+            if depth == 0 and not _is_library(value.__name__):
+                yield from self._named_in(home, steps, vars(value), "attribute", depth)
+            return
+        if inspect.isclass(value):
+            if not _is_library(value.__module__) and not issubclass(value, (nn.Module, BaseException)):
+                yield from self._named_in(home, steps, vars(value), "attribute", depth)
+            return
+        expected = frozen(value)
+        if is_plain(value):
+            yield Read(home, steps, expected)
+            return
+        if isinstance(value, dict):
+            yield Read(home, steps, expected)
+            if depth < DEEPEST and len(value) <= 64:
+                for key, entry in dict.items(value):
+                    if isinstance(key, (str, int)) and (is_plain(entry) or not isinstance(entry, FUNCTIONS)):
+                        yield from self._guards_of(home, (*steps, ("entry", key)), entry, depth + 1)
+            return
+        if isinstance(value, (list, tuple)) and expected == Frozen(type(value), len(value)) and len(value) <= LONGEST:
+            yield Read(home, steps, SameEntries)
+            for place, entry in enumerate(value) if depth < DEEPEST else ():
+                yield from self._guards_of(home, (*steps, ("entry", place)), entry, depth + 1)
+            return
+        if expected is not None:
+            yield Read(home, steps, expected)
+            return
+        yield Read(home, steps, value if isinstance(value, FUNCTIONS) else Same)
+        fields = getattr(value, "__dict__", None)
+        if isinstance(fields, dict) and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
+            yield from self._named_in(home, steps, fields, "attribute", depth)
+            cls: Any = type(value)
+            of_class = {n: getattr(value, n) for n in self.names if _is_setting(cls, n) and n not in fields}
+            yield from self._named_in(home, steps, of_class, "attribute", depth)
+
+    def _guards_of_module(self, home: str, steps: tuple[Step, ...], module: nn.Module) -> Iterator[Read]:
+        """Yield guards on a module that is none of the model's: a global, or in a list that no module registers."""
+        if id(module) not in self.paths:
+            if steps[-1][0] == "attribute":
+                yield Read(home, steps, Same)
+            for name, value in module.__dict__.items():
+                if is_state(name) and is_plain(value):
+                    yield Read(home, (*steps, ("attribute", name)), value)
+
+    def _named_in(self, home: str, steps: tuple[Step, ...], fields: Any, how: str, depth: int) -> Iterator[Read]:
+        if depth < DEEPEST:
+            for name in sorted(self.names.intersection(fields)):
+                if not name.startswith("__") and not isinstance(fields[name], FUNCTIONS):
+                    yield from self._guards_of(home, (*steps, (how, name)), fields[name], depth + 1)
+
+
+class SharedState:
+    """Globals and attributes of classes that code which runs mentions, as they were when it first did.
+
+    Args:
+        root: the module that is run.
+        is_on: whether what runs now counts.
+        where: the path of the module whose code is running.
+    """
+
+    def __init__(self, root: nn.Module, is_on: Callable[[], bool], where: Callable[[], str]) -> None:
+        self.is_on = is_on
+        self.where = where
+        self.names: set[str] = set()  # that the code mentions
+        self.seen: dict[tuple[int, str], _Shared] = {}
+        self._codes: dict[int, types.CodeType] = {}  # that ran, by their ids
+        self._counted: set[int] = set()  # ids of those that count
+        self._packages: set[str] = set()  # that the model's own classes are of
+        for path, module in root.named_modules():
+            for cls in type(module).__mro__:
+                self._packages.add(cls.__module__.partition(".")[0])
+                if not _is_library(cls.__module__) and (id(cls), "") not in self.seen:
+                    self.seen[id(cls), ""] = _Shared(cls, "__dict__", f"a class attribute of {cls.__name__}", path)
+                    for name in [n for n, value in vars(cls).items() if _is_data(n, value)]:
+                        self.seen[id(cls), name] = _Shared(cls, name, f"{cls.__name__}.{name}", path)
+
+    @contextlib.contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Watch the code that this thread runs; what others hang on the collector of garbage is none of it."""
+        before, collects = sys.getprofile(), gc.isenabled()
+        gc.disable()
+        sys.setprofile(self._profile)
+        try:
+            yield
+        finally:
+            _profile_on(before)
+            if collects:
+                gc.enable()
+
+    def _profile(self, frame: Any, event: str, argument: Any) -> None:
+        if event != "call":
+            return
+        code = frame.f_code
+        if id(code) in self._codes and (id(code) in self._counted or not self.is_on()):
+            return
+        self._codes[id(code)], counts = code, self.is_on()
+        if counts:
+            self._counted.add(id(code))
+        if code.co_filename.startswith(INTERNAL_FILES) or self._is_of_a_library(code, frame.f_globals):
+            return
+        space, where = frame.f_globals, self.where() if counts else None
+        if counts:
+            self.names.update(code.co_names)
+        for name in code.co_names:
+            if name in space and not name.startswith("__"):
+                shared = self.seen.get((id(space), name))
+                if shared is None:
+                    self.seen[id(space), name] = _Shared(space, name, name, where)
+                elif shared.where is None:
+                    shared.where = where
+
+    def _is_of_a_library(self, code: types.CodeType, space: Mapping[str, Any]) -> bool:
+        """Whether code is of an installed package that the model is not of: its caches are its own affair."""
+        name = str(space.get("__name__"))
+        installed = "site-packages" in code.co_filename and name.partition(".")[0] not in self._packages
+        return installed or _is_library(name)
+
+    def put_back(self) -> list[tuple[str, str]]:
+        """Put back what code changed; return which module's code that counts did, and that as a reason."""
+        changed = [was for was in self.seen.values() if was.changed()]
+        for was in changed:
+            if isinstance(was.owner, type) and not self.names.intersection(was.put_back()):
+                was.where = None  # the code of a module that stays whole did
+            else:
+                was.put_back()
+        reason = "its code changes {!r}, which a graph would not"
+        return [(was.where, reason.format(was.title)) for was in changed if was.where is not None]
+
+
+@contextlib.contextmanager
+def unwatched() -> Iterator[None]:
+    """Do not watch what this thread runs meanwhile; a profiler of the user's goes on."""
+    before = sys.getprofile()
+    watched = isinstance(getattr(before, "__self__", None), SharedState)
+    if watched:
+        sys.setprofile(None)
+    try:
+        yield
+    finally:
+        if watched:
+            sys.setprofile(before)
+
+
+def _profile_on(before: Any) -> None:
+    """Let a profiler go on; one that is written in C, as cProfile, is no function and begins again by itself."""
+    if before is None or callable(before):
+        sys.setprofile(before)
+    else:
+        before.enable()
+
+
+@contextlib.contextmanager
+def shared_state_restored(model: nn.Module) -> Iterator[None]:
+    """Put back the globals and attributes of classes that a run of ``model`` changes."""
+    shared = SharedState(model, lambda: True, lambda: "")
+    try:
+        with shared.profiled():
+            yield
+    finally:
+        shared.put_back()
+
+
+class _Shared:
+    """A global or an attribute of a class, as it was when code that may change it began to run."""
+
+    def __init__(self, owner: Any, name: str, title: str, where: str | None) -> None:
+        self.owner, self.name, self.title, self.where = owner, name, title, where
+        self.value = None if name == "__dict__" else self._now()
+        self.names = set(vars(owner)) if name == "__dict__" else set()
+        self.contents = Contents()
+        self.fingerprint: Any = None
+        if is_mutable(self.value):
+            with contextlib.suppress(Exception):  # an object that does not let itself be looked at
+                self.contents.save(self.value)
+                self.fingerprint = _fingerprint(self.value, 0)
+
+    def _now(self) -> Any:
+        return self.owner.get(self.name) if isinstance(self.owner, dict) else vars(self.owner).get(self.name)
+
+    def changed(self) -> bool:
+        """Whether it is another value now, or holds something else."""
+        if self.name == "__dict__":
+            return bool({n for n, v in vars(self.owner).items() if _is_data(n, v)} - self.names)
+        now = self._now()
+        if now is not self.value:
+            return is_plain(now) or is_plain(self.value) or is_mutable(now) or is_mutable(self.value)
+        return self.fingerprint is not None and _fingerprint(now, 0) != self.fingerprint
+
+    def put_back(self) -> set[str]:
+        """Make it what it was; return the names that stand for something else then."""
+        if self.name == "__dict__":
+            new = {n for n, v in vars(self.owner).items() if _is_data(n, v)} - self.names
+            for name in new:
+                delattr(self.owner, name)
+            return new
+        for undo in self.contents.undo:
+            undo()
+        if isinstance(self.owner, dict):
+            self.owner[self.name] = self.value
+        else:
+            setattr(self.owner, self.name, self.value)
+        return {self.name}
+
+
+def is_mutable(value: Any) -> bool:
+    """Whether a value is a container or an object of the user's that code may change."""
+    if isinstance(value, CONTAINERS) or is_generator(value):
+        return True
+    if isinstance(value, (*FUNCTIONS, types.ModuleType, types.MethodType, nn.Module, torch.Tensor)):
+        return False
+    home = type(value).__module__
+    return type(getattr(value, "__dict__", None)) is dict and (home in ("types", "argparse") or not _is_library(home))
+
+
+def _is_data(name: str, value: Any) -> bool:
+    return not name.startswith("__") and (is_plain(value) or isinstance(value, CONTAINERS) or is_generator(value))
+
+
+def differing_state(before: Any, after: Any) -> bool:
+    """Whether a value that a module holds was changed while its copy was traced."""
+    try:
+        return bool(_fingerprint(before, 0) != _fingerprint(after, 0))
+    except Exception:  # an object that does not let itself be looked at
+        return False
+
+
+def _name_of(key: Any) -> str:
+    return str(key) if is_plain(key) else type(key).__name__
+
+
+def _fingerprint(value: Any, depth: int) -> Any:
+    """Return what tells whether a value was changed, the same for a copy of it."""
+    if is_plain(value):
+        return value if value == value else "nan"
+    if isinstance(value, (torch.Tensor, nn.Module, fx.Proxy)) or depth > DEEPEST:
+        return type(value).__name__ if not isinstance(value, fx.Proxy) else "proxy"
+    if is_generator(value):
+        return str(state_of(value))
+    if isinstance(value, dict):
+        return (
+            "dict",
+            tuple((_name_of(k), _fingerprint(v, depth + 1)) for k, v in list(dict.items(value))[:1000]),
+            dict.__len__(value),
+        )
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        entries = [_fingerprint(v, depth + 1) for v in list(value)[:1000]]
+        return type(value).__name__, len(value), tuple(sorted(map(str, entries)) if isinstance(value, set) else entries)
+    fields = getattr(value, "__dict__", None)
+    if type(fields) is dict and not isinstance(value, (*FUNCTIONS, types.MethodType, types.ModuleType)):
+        return type(value).__name__, tuple((k, _fingerprint(v, depth + 1)) for k, v in list(fields.items())[:1000])
+    return type(value).__name__
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_property(cls: Any, name: str) -> bool:
+    """Whether reading the attribute runs code, which is watched itself."""
+    return hasattr(inspect.getattr_static(cls, name, None), "__get__") and hasattr(
+        inspect.getattr_static(cls, name, None), "fget"
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_setting(cls: Any, name: str) -> bool:
+    member = inspect.getattr_static(cls, name, None)
+    return not name.startswith("__") and (isinstance(member, property) or member is not None and is_plain(member))
+
+
+def _is_torch(name: str) -> bool:
+    return name.partition(".")[0] in ("torch", "numpy", "builtins")
+
+
+def _is_library(name: str) -> bool:
+    return name.partition(".")[0] in LIBRARIES

@@ -1,0 +1,210 @@
+"""Which residual of one trace of a module is which of another: of a call of another kind, or in another mode.
+
+A residual is known by the module whose code adds, by what its branch runs, and by the lines that add: the same
+residual may be written in both branches of an ``if``, and several may share one line of a helper function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import fx
+
+from ..errors import TraceError
+from .findings import Findings, Residual
+from .trunks import Trunk, way_between
+
+DEPTH = 2  # atoms of a path, below the module that adds, that tell branches apart
+
+
+class Operation(NamedTuple):
+    """What an operation of a trace is known by: the module and its call, the function or module, the user's line."""
+
+    module: str
+    call: tuple[int, ...]
+    target: str
+    location: str
+
+
+def operation(node: fx.Node) -> Operation:
+    """Return what a node is known by."""
+    meta, target = node.meta, node.target
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    return Operation(meta.get("hc_module", ""), meta.get("hc_call", ()), name, meta.get("hc_location", ""))
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a residual is known by.
+
+    Attributes:
+        name: its name where it was converted, None where it was left plain.
+        module: path of the module whose code adds.
+        branch: paths, below that module, of the modules and parameters that its branch uses.
+        lines: the user's lines that lead to the add, the innermost first.
+        call: which call of the module it is in, within that of the module around, and so on.
+        next: the residual that comes after it on its trunk.
+        way: the operations that lead there, carried on its streams.
+    """
+
+    name: str | None
+    module: str
+    branch: frozenset[str]
+    lines: tuple[str, ...]
+    call: tuple[int, ...] = ()
+    next: str | None = None
+    way: frozenset[Operation] = frozenset()
+
+
+def identities(residuals: Iterable[Residual], names: Mapping[fx.Node, str], below: str = "") -> tuple[Identity, ...]:
+    """Return the identity of each residual; ``names`` are those of converted ones by their adds.
+
+    Args:
+        residuals: in order of execution.
+        names: what converted ones are called.
+        below: path of the module that other paths are relative to.
+    """
+    return tuple(_identity(r, names.get(r.add), below) for r in residuals)
+
+
+def _identity(residual: Residual, name: str | None, below: str) -> Identity:
+    prefix = residual.module + "." if residual.module else ""
+    used = set()
+    for node in (*residual.region, *(n for r in residual.region for n in r.all_input_nodes if n.op == "get_attr")):
+        path = str(node.target) if node.op in ("call_module", "get_attr") else str(node.meta.get("hc_module", ""))
+        if path.startswith(prefix) and path != residual.module and not path.endswith(".training"):
+            used.add(".".join(path[len(prefix) :].split(".")[:DEPTH]))
+    meta = residual.add.meta
+    module = relative_path(residual.module, below)
+    return Identity(name, module, frozenset(used), meta.get("hc_lines", ()), meta.get("hc_call", ()))
+
+
+def with_ways(known: Iterable[Identity], trunks: Iterable[Trunk]) -> tuple[Identity, ...]:
+    """Return identities that know what comes after each residual on its trunk."""
+    after: dict[str | None, tuple[str, frozenset[Operation]]] = {}
+    for trunk in trunks:
+        adds = {r.add for r in trunk.residuals}
+        for residual, following in pairwise(trunk.residuals):
+            way = way_between(following.skip, trunk.carried, adds)
+            after[residual.name] = following.name, frozenset(map(operation, way))
+    return tuple(replace(k, next=after[k.name][0], way=after[k.name][1]) if k.name in after else k for k in known)
+
+
+def way_after(name: str, known: Sequence[Identity]) -> frozenset[Operation]:
+    """Return the operations that streams went through after a residual, in so far as others of its trunk followed."""
+    by_name = {identity.name: identity for identity in known if identity.name}
+    way: frozenset[Operation] = frozenset()
+    at: str | None = name
+    while at is not None and at in by_name:
+        way |= by_name[at].way
+        at = by_name[at].next
+    return way
+
+
+def relative_path(path: str, below: str) -> str:
+    """Return a module's path below another one."""
+    if below and path.startswith(below + "."):
+        return path[len(below) + 1 :]
+    return "" if path == below else path
+
+
+def recognised(
+    findings: Findings, known: Sequence[Identity], opaque: Mapping[str, str], change: object = None
+) -> tuple[tuple[Residual, ...], tuple[str, ...], tuple[Residual, ...]]:
+    """Return the converted residuals among those found, under their names; names that are not there; and new ones.
+
+    Args:
+        findings: of the new trace.
+        known: the residuals of the module, those left plain among them.
+        opaque: modules that stayed whole in the new trace, with the reason.
+        change: what led to it, for the error.
+
+    Raises:
+        TraceError: a residual that was converted is there, but not as one.
+    """
+    found = identities(findings.residuals, {})
+    twin: dict[int, int] = {}
+    for module in {identity.module for identity in known}:
+        ours = [i for i, identity in enumerate(known) if identity.module == module]
+        theirs = [i for i, identity in enumerate(found) if identity.module == module]
+        twin.update((theirs[b], ours[a]) for a, b in _aligned([known[i] for i in ours], [found[i] for i in theirs]))
+    selected, extra = [], []
+    for i, residual in enumerate(findings.residuals):
+        name = known[twin[i]].name if i in twin else None
+        if name is not None:
+            selected.append(replace(residual, name=name))
+        elif i not in twin:
+            extra.append(residual)
+    missing = [known[i] for i in range(len(known)) if i not in twin.values() and known[i].name is not None]
+    for identity in missing:
+        _refuse_hidden(identity, findings, extra, opaque, change)
+    return tuple(selected), tuple(str(m.name) for m in missing), tuple(extra)
+
+
+def _aligned(known: Sequence[Identity], found: Sequence[Identity]) -> list[tuple[int, int]]:
+    """Return pairs of equal residuals, in the order of both, that are alike the most."""
+    best = [[0.0] * (len(found) + 1) for _ in range(len(known) + 1)]
+    for i in range(len(known) - 1, -1, -1):
+        for j in range(len(found) - 1, -1, -1):
+            alike = _likeness(known[i], found[j])
+            best[i][j] = max(best[i + 1][j], best[i][j + 1], best[i + 1][j + 1] + alike if alike else 0.0)
+    pairs, i, j = [], 0, 0
+    while i < len(known) and j < len(found):
+        alike = _likeness(known[i], found[j])
+        if alike and best[i][j] == best[i + 1][j + 1] + alike:
+            pairs.append((i, j))
+            i, j = i + 1, j + 1
+        elif best[i][j] == best[i + 1][j]:
+            i += 1
+        else:
+            j += 1
+    return pairs
+
+
+def _likeness(a: Identity, b: Identity) -> float:
+    """Return how much two residuals of one module are alike, 0 if they are two."""
+    alike = _likeness_of_code(a, b)
+    return alike + 0.25 * (a.call == b.call) if alike else 0.0
+
+
+def _likeness_of_code(a: Identity, b: Identity) -> float:
+    same_lines = a.lines == b.lines
+    if not a.branch or not b.branch:
+        return 1.0 if same_lines or not a.branch and not b.branch else 0.0
+    common = _covered(a.branch, b.branch) + _covered(b.branch, a.branch)
+    return common + 0.5 * same_lines
+
+
+def _covered(one: frozenset[str], other: frozenset[str]) -> float:
+    def related(p: str, q: str) -> bool:
+        return p == q or p.startswith(q + ".") or q.startswith(p + ".")
+
+    return sum(any(related(p, q) for q in other) for p in one) / len(one)
+
+
+def _refuse_hidden(
+    identity: Identity, findings: Findings, extra: Iterable[Residual], opaque: Mapping[str, str], change: object
+) -> None:
+    """Raise TraceError if a residual that is not found may be there all the same."""
+    why = next(
+        (
+            f"{path} stayed whole: {reason}"
+            for path, reason in opaque.items()
+            if identity.module == path or identity.module.startswith(path + ".")
+        ),
+        None,
+    )
+    for skipped in findings.skipped:
+        if skipped.module == identity.module and identity.lines and skipped.location == identity.lines[0]:
+            why = why or f"its add is none now: {skipped}"
+    if any(r.module == identity.module for r in extra):
+        why = why or "the module has others in its place"
+    if why is not None:
+        raise TraceError(
+            f"for these inputs the model has other residuals than those that were converted: {identity.name} cannot be "
+            f"found ({why}). {change or ''} Convert another copy of the model with example inputs like these, or leave "
+            "this residual out with exclude=[...]."
+        )

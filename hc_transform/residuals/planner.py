@@ -1,0 +1,213 @@
+"""Decide which residuals are converted, in which trunks."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import fx, nn
+
+from ..capture.kinds import Kinds
+from ..errors import PatternError, UnsupportedModel
+from ..graphs.dialects import name_of
+from ..graphs.meta import location_of
+from ..graphs.operations import shape_of
+from ..options import Options
+from .findings import Findings, Reason, Residual, Skipped
+from .keys import with_keys
+from .nesting import without_nested
+from .passage import Passage, nonlinear_in
+from .report import Report, report_of
+from .trunks import Trunk, as_skipped, boundary_before, carried_by, group, split, with_reads_of_their_own
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`hc_transform.rewriting.rewrite` is to do with one graph."""
+
+    graph_module: fx.GraphModule
+    trunks: tuple[Trunk, ...]
+    skipped: tuple[Skipped, ...]
+    options: Options
+
+    @property
+    def residuals(self) -> tuple[Residual, ...]:
+        """All residuals that are converted, in order of execution."""
+        return tuple(sorted((r for trunk in self.trunks for r in trunk.residuals), key=lambda r: r.add))
+
+    @property
+    def report(self) -> Report:
+        """The table that the converted model's ``hc_report`` would show."""
+        return report_of(self)
+
+    def __str__(self) -> str:
+        return str(self.report)
+
+
+def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:
+    """Group the residuals of ``graph_module`` into trunks.
+
+    Of residuals that nest, the level with the most of them is converted, unless
+    ``options.nested`` is "all".
+
+    Raises:
+        PatternError: a pattern in ``include`` or ``exclude`` matches no residual.
+        UnsupportedModel: ``init="mirrored"`` on a trunk that carries a nonlinear operation.
+    """
+    kinds = Kinds(graph_module)
+    active, skipped = selected(findings.residuals, options)
+    shortcuts = findings.shortcuts if options.shortcuts == "carry" else ()
+    passage = Passage(kinds, shortcuts)
+    if options.nested == "largest":
+        active, nested = without_nested(active, passage)
+        skipped += nested
+    active, shared = with_reads_of_their_own(active)
+    skipped += shared
+    active = with_keys(active)
+    passage = Passage(kinds, shortcuts, [r.add for r in active])
+    groups = split(group(active, passage), passage)
+    short = [members for members in groups if len(members) < options.min_residuals]
+    skipped += [as_skipped(r, Reason.SHORT, f"{len(members)}") for members in short for r in members]
+    groups = [members for members in groups if members not in short]
+    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
+    groups.sort(key=lambda members: order[members[0].add])
+    trunks = _trunks(groups, passage)
+    if options.plain:
+        skipped += [as_skipped(r, Reason.PLAIN) for t in trunks for r in t.residuals]
+        trunks = ()
+    refuse_nonlinear(trunks, kinds, options)
+    carried = {node for trunk in trunks for node in trunk.carried}
+    passed = {s.verdict: replace(s.verdict, reason=Reason.CARRIED) for s in findings.shortcuts if s.add in carried}
+    verdicts = [passed.get(verdict, verdict) for verdict in findings.skipped]
+    return Plan(graph_module, trunks, (*verdicts, *skipped), options)
+
+
+def _trunks(groups: Sequence[list[Residual]], passage: Passage) -> tuple[Trunk, ...]:
+    trunks: list[Trunk] = []
+    earlier: set[fx.Node] = set()
+    for members in groups:
+        boundary = boundary_before(members[0].skip, passage, earlier)
+        trunks.append(Trunk(len(trunks), tuple(members), carried_by(members, passage), boundary=boundary))
+        earlier.update(r.add for r in members)
+    return tuple(trunks)
+
+
+def selected(residuals: Sequence[Residual], options: Options) -> tuple[list[Residual], list[Skipped]]:
+    """Return the residuals that ``include`` and ``exclude`` leave, and the verdicts on the others.
+
+    Raises:
+        PatternError: a pattern matches no residual.
+    """
+    names = [r.name for r in residuals]
+    for option, patterns in (("include", options.include), ("exclude", options.exclude)):
+        for pattern in patterns:
+            if not any(_matches(r, [pattern]) for r in residuals):
+                near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.3) or names[:3]
+                raise PatternError(
+                    f"{option} pattern {pattern!r} matches no residual. Near names: {', '.join(near) or 'none'}; "
+                    "plan(model) lists all."
+                )
+    active, skipped = [], []
+    for residual in residuals:
+        if options.include and not _matches(residual, options.include):
+            skipped.append(as_skipped(residual, Reason.EXCLUDED, "matches no include pattern"))
+        elif _matches(residual, options.exclude):
+            skipped.append(as_skipped(residual, Reason.EXCLUDED, "matches an exclude pattern"))
+        else:
+            active.append(residual)
+    return active, skipped
+
+
+def _matches(residual: Residual, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, p) for p in patterns for path in (residual.name, residual.module))
+
+
+def refuse_nonlinear(trunks: Iterable[Trunk], kinds: Kinds, options: Options) -> None:
+    """Raise UnsupportedModel if streams that keep their mean alone go through an operation that is not linear."""
+    for trunk in trunks if options.init == "mirrored" and options.num_streams > 1 else ():
+        carried = dict(trunk.carried)
+        for residual in trunk.residuals:
+            carried.update(
+                (op, (source,))
+                for source, op in zip((residual.skip, *residual.skip_ops), residual.skip_ops, strict=False)
+            )
+        node = nonlinear_in(carried, kinds)
+        if node is not None:
+            raise UnsupportedModel(
+                f"init='mirrored' keeps only the mean of the streams, and trunk {trunk.index} (from "
+                f"{trunk.residuals[0].name}) carries a nonlinear operation: {node.name} at "
+                f"{location_of(node)}. Use init='paper', which holds across it."
+            )
+
+
+LAYER_AXES = {
+    **dict.fromkeys("conv1d conv2d conv3d batch_norm group_norm instance_norm".split(), 1),
+    **dict.fromkeys("linear layer_norm rms_norm".split(), -1),
+}
+
+
+def feature_axis(residual: Residual, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
+    """Return the feature axis of a residual's value, -1 or 1, and its size (None if unknown).
+
+    The first layer of the branch tells: a convolution or batch norm has its features on axis 1,
+    a linear layer or layer norm on the last one, unless its size is that of the other axis alone (the
+    branch permutes its input). Layers whose size fits neither axis are passed over.
+    """
+    shape = shape_of(residual.skip)
+    for node in sorted(residual.region):
+        if shape is not None and node.op == "call_function" and name_of(node) in LAYER_AXES:
+            axis = LAYER_AXES[name_of(node)]
+            if len(shape) > 1 and shape_of(node.all_input_nodes[0]) == shape:
+                return axis, shape[axis]
+        if node.op != "call_module":
+            continue
+        for module in modules[str(node.target)].modules():
+            axis, size = _layer_axis(module)
+            if size is None:
+                continue
+            if shape is None:
+                return axis, size
+            for candidate in (axis, -1 if axis == 1 else 1):
+                if -len(shape) <= candidate < len(shape) and shape[candidate] == size:
+                    return candidate, size
+    if shape is None:
+        return -1, None
+    return (1, shape[1]) if len(shape) >= 4 and shape[1] > shape[-1] else (-1, shape[-1])
+
+
+def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
+    """Return where a layer has its input features, and how many."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return 1, module.in_channels
+    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
+        return 1, module.num_features
+    if isinstance(module, nn.GroupNorm):
+        return 1, module.num_channels
+    if type(module) is nn.Linear:
+        return -1, module.in_features
+    if type(module) is nn.LayerNorm or type(module) is nn.RMSNorm:
+        return -1, module.normalized_shape[-1]
+    if type(module) is nn.MultiheadAttention:
+        return -1, module.embed_dim
+    return -1, None
+
+
+def with_keys_of(plan: Plan, keys: Mapping[str, str], ends: Mapping[str, tuple[str, str]]) -> Plan:
+    """Return the plan of one kind of call with the keys that its residuals have in the plan of all.
+
+    Args:
+        plan: of the call.
+        keys: of the residuals, by their names.
+        ends: keys of the first and the last residual on each one's trunk, by its name.
+    """
+    trunks = (
+        replace(
+            t,
+            residuals=tuple(replace(r, key=keys.get(r.name, r.key)) for r in t.residuals),
+            keys=ends.get(t.residuals[0].name),
+        )
+        for t in plan.trunks
+    )
+    return replace(plan, trunks=tuple(trunks))
