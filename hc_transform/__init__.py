@@ -1,4 +1,30 @@
-"""Hyper-connections for existing PyTorch models, as a graph transformation."""
+"""Hyper-connections for existing PyTorch models, as a graph transformation.
+
+The way of the data, from :func:`convert` (convert.py) on::
+
+    model, example inputs
+      | capture/       trace: a graph of the model's code; record: the tape of one real run; guards on what they found
+      | residuals/     find_residuals: a verdict on every add (Findings); make_plan: trunks, and a key for each
+      |                residual (Plan); placement: which modules run graphs, the root or blocks (BlocksPlan)
+      | rewriting/     rewritten_graph: streams in place of trunk values; the new modules that it calls
+      | running/       Variant: a graph that fits a kind of call, traced again for others; graph model and blocks
+      | verification/  the outputs beside the original's, and the streams off their start beside a reference
+      v
+    converted model, Report
+
+Below these are streams/ (arithmetic of streams, TrunkValue between blocks), connections/ (Connection: how the
+coefficients are made), models/ (copies, state, comparison) and graphs/ (facts about nodes). Beside them are layer/
+(hyper-connections by hand) and measuring/ (times, kernels, bytes). Each wing imports from those named before it in
+tests/test_architecture.py alone.
+
+Where to add what:
+
+- a connection: a subclass of Connection in connections/, by name in ``CONNECTIONS``.
+- an operation that streams are carried through: its kind in graphs/operations.py; one that does not act on each stream
+  alone, also in rewriting/carried_ops.py and streams/carried.py.
+- a spelling of the add: residuals/spellings.py.
+- a kind of graph that another tool makes: graphs/dialects.py.
+"""
 
 from __future__ import annotations
 

@@ -14,11 +14,12 @@ from torch import nn
 
 from .connections import CONNECTIONS
 from .connections.base import INITS
-from .convert import SCOPES, convert
+from .convert import convert
 from .errors import HCTransformError
 from .measuring.cost import H100_BANDWIDTH
 from .models.examples import example_inputs, random_input
 from .options import READOUTS, SHORTCUTS
+from .request import SCOPES
 
 
 def main(argv: Sequence[str] | None = None) -> int:

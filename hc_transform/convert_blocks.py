@@ -13,22 +13,25 @@ from .capture.add_bytecode import may_add
 from .capture.tape import Tape, record
 from .capture.trace import describe
 from .connections import Connection
-from .errors import HCTransformError
+from .errors import HCTransformError, TraceError
 from .models.copies import clone_structure, compiled_from, in_other_mode
 from .models.selection import Hints
 from .options import Options
+from .request import OPTIMIZER_NOTE, Example, Request
 from .residuals.find import find_residuals
 from .residuals.findings import Reason, Residual
 from .residuals.keys import DROPOUT_KEY, EXPAND, READOUT, added_modules, relative
 from .residuals.placement import BlockPlan, BlocksPlan, container, find_holders, in_some_calls, plan_blocks
 from .residuals.planner import Plan, make_plan, selected
+from .residuals.report import has_nothing, nothing_to_convert, report_of
 from .residuals.trunks import as_skipped
-from .rewriting.new_modules import expand_key, make_connections, make_ends, readout_key
+from .rewriting.new_modules import expand_key, make_connections, make_ends, other_parameters, readout_key
 from .running.block_module import install
 from .running.block_runner import RUNNER, BlockError, BlockRunner, reads_training
 from .running.variants import Captures
 from .streams.hook_readouts import read_outputs
 from .verification.verify import run_like
+from .verification.verify_blocks import verify_blocks
 
 ATTEMPTS = 20  # blocks of one model that turn out not to be traceable
 
@@ -78,7 +81,7 @@ def analyse_blocks(
     return plan_blocks(plan, holders, findings.residuals, share_calls=share_calls, apart=apart, refused=refused), tape
 
 
-def convert_blocks(
+def _with_graphs(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -116,6 +119,48 @@ def convert_blocks(
         f"more than {ATTEMPTS} modules of {type(model).__name__} cannot be traced, among them "
         f"{', '.join(list(refused)[:3])}: {next(iter(refused.values()))}"
     )
+
+
+def convert_blocks(
+    model: nn.Module, example: Example | None, expected: Any, request: Request, why: str = ""
+) -> tuple[nn.Module, Plan]:
+    """Return the model with graphs in its blocks, and its plan.
+
+    Args:
+        model: the original.
+        example: inputs to run it on.
+        expected: its outputs on them, None if they are not known.
+        request: what it is to become.
+        why: why this scope was chosen; "" if it was asked for.
+    """
+    if example is None:
+        raise TraceError(
+            f"scope='blocks' runs {type(model).__name__} once to find its residuals: give example inputs with args= "
+            "and kwargs="
+        )
+    converted, planned, tape, modules = _with_graphs(
+        model, *example, request.options, request.hints, share_calls=request.share_calls
+    )
+    plan = planned.plan
+    if has_nothing(plan):
+        raise nothing_to_convert(model, plan)
+    notes, error = [], None
+    if request.verify:
+        found = verify_blocks(model, converted, planned, tape, modules, *example, expected=expected)
+        error = found.error
+        notes.append(found.note)
+    reason = f"because {why.rstrip('.')}" if why else "as asked"
+    notes.append(f"Scope blocks, {reason}. {len(planned.blocks)} modules run graphs; the rest is Python as before.")
+    notes += [f"Streams are read out and begin anew {cut}." for cut in planned.cuts]
+    notes += [*planned.notes, OPTIMIZER_NOTE]
+    connections = {r.name: modules[r.key] for r in plan.residuals}
+    others = other_parameters(modules.values(), connections)
+    report = report_of(plan, connections, error, tuple(notes), others)
+    if request.inplace:
+        move_into(model, converted)
+        converted = model
+    converted.__dict__["hc_report"] = report
+    return converted, plan
 
 
 def _refused(model: nn.Module, hints: Hints) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -13,17 +12,17 @@ from .capture.trace import describe
 from .errors import TraceError, UnsupportedModel
 from .graphs.dialects import is_complete
 from .options import Options
+from .request import OPTIMIZER_NOTE, Example, Request
 from .residuals.find import find_residuals
 from .residuals.findings import Reason
 from .residuals.planner import Plan, make_plan
-from .residuals.report import report_of
+from .residuals.report import has_nothing, nothing_to_convert, report_of
 from .residuals.unused import without_unused
 from .rewriting.new_modules import make_connections, new_modules, other_parameters
 from .rewriting.rewrite import rewrite
 from .verification.verify import run_like
 from .verification.verify import verify as verify_graph
 
-Example = tuple[tuple[Any, ...], dict[str, Any]]
 BAKED = (
     "The graph is what torch.export or Dynamo made of the model: its mode (training or eval) and its decisions are as "
     "they were then, and it is not traced again."
@@ -63,37 +62,39 @@ def _plan_of(gm: fx.GraphModule, options: Options) -> Plan:
     return make_plan(gm, without_unused(find_residuals(gm)), options)
 
 
-def example_of(program: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Example | None:
-    """Return the inputs that are given, else those that the program carries; None if it carries none."""
-    if args or kwargs:
-        return tuple(args), dict(kwargs or {})
+def carried_example(program: Any) -> Example | None:
+    """Return the inputs that a program carries, None if it carries none."""
     carried = program.example_inputs if isinstance(program, ExportedProgram) else None
     return None if carried is None else (tuple(carried[0]), dict(carried[1]))
 
 
-def convert_exported(plan: Plan, example: Example | None, verify: bool, note: str) -> nn.Module:
-    """Return the graph of an exported program with its residuals converted.
+def convert_exported(program: Any, example: Example | None, request: Request) -> tuple[nn.Module, Plan]:
+    """Return the graph of an exported program with its residuals converted, and its plan.
 
     It takes the inputs that the program takes, and returns the same structure.
 
     Args:
-        plan: of the program's module.
-        example: inputs to compare the outputs on.
-        verify: whether to compare.
-        note: what else the report says.
+        program: exported, or a graph that torch.export or Dynamo made.
+        example: inputs to compare the outputs on, by default those that the program carries.
+        request: what it is to become.
 
     Raises:
         TraceError: the program itself fails on the example inputs.
         NotEquivalent: verification failed.
     """
+    plan = plan_exported(program, request.options)
+    if has_nothing(plan):
+        raise nothing_to_convert(plan.graph_module, plan)
+    if example is None:
+        example = carried_example(program)
     original = plan.graph_module
     connections = make_connections(plan)
     modules = new_modules(connections, plan)
     converted = rewrite(original, plan, connections=connections)
-    notes, error = [BAKED, note], None
+    notes, error = [BAKED, OPTIMIZER_NOTE], None
     if example is None:
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
-    elif verify:
+    elif request.verify:
         try:
             expected = run_like(original, *example)
         except Exception as failure:
@@ -108,4 +109,4 @@ def convert_exported(plan: Plan, example: Example | None, verify: bool, note: st
     kept = {**converted.meta.get(_USER_PRESERVED_ATTRIBUTES_KEY, {}), "hc_report": report}
     converted.meta[_USER_PRESERVED_ATTRIBUTES_KEY] = kept  # which copies have too
     converted.__dict__["hc_report"] = report
-    return converted
+    return converted, plan

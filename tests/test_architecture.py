@@ -1,4 +1,4 @@
-"""The package's imports go one way: each wing imports from those above it in WINGS, and no file from itself in a ring."""
+"""The package's imports go one way: each wing imports from those before it in WINGS, and no files import in a ring."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import hc_transform
 ROOT = Path(hc_transform.__file__).parent
 WINGS = [
     *("errors", "threads", "streams", "connections", "options", "models", "graphs", "capture", "residuals"),
-    *("rewriting", "running", "verification", "convert_blocks", "exported", "convert"),
-    *("layer", "measuring", "__init__", "__main__"),
+    *("rewriting", "running", "verification", "request", "refusals", "convert_graph", "convert_blocks", "exported"),
+    *("convert", "layer", "measuring", "__init__", "__main__"),
 ]
 
 

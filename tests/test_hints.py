@@ -9,6 +9,7 @@ from models import GPT, Chain, Mixing
 from torch import nn
 
 import hc_transform as hct
+from hc_transform.graphs.guards import check_input
 
 
 def tokens():
@@ -87,7 +88,7 @@ FLAGS = {"act": "sin", "steps": 2, "negate": True, "scale": 0.5}
 def test_flags_are_constants_that_are_checked(name):
     model, x = Choosing().eval(), torch.randn(2, 5, 8)
     hc = hct.convert(model, (x,), {name: FLAGS[name]})
-    checks = [n for n in hc.graph.nodes if n.target is hct.guards.check_input]
+    checks = [n for n in hc.graph.nodes if n.target is check_input]
     assert {n.args[2]: n.args[1] for n in checks}[name] == FLAGS[name]
     for given in ({name: FLAGS[name]}, {}, {name: FLAGS[name]}):
         assert error(hc(x, **given), model(x, **given)) <= 1e-5

@@ -1,7 +1,7 @@
 """Registers and spills of compiled kernels on an NVIDIA H100, from its assembler; none is needed, and nothing runs.
 
-Bytes (:mod:`hc_transform.measuring.cost`) are not all of a kernel's time: one that keeps more values than a thread has registers
-writes some of them to memory and reads them back.
+Bytes (:mod:`hc_transform.measuring.cost`) are not all of a kernel's time: one that keeps more values than a thread
+has registers writes some of them to memory and reads them back.
 """
 
 from __future__ import annotations

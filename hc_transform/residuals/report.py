@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from tabulate import tabulate
+from torch import nn
 
 from ..connections import Connection, connection_name
+from ..errors import NothingToConvert
 from ..graphs.meta import location_of
 from ..options import Options
-from .findings import Residual, Skipped
+from .findings import Reason, Residual, Skipped
 from .trunks import Trunk
 
 
@@ -170,3 +173,25 @@ def _merged(records: tuple[Record, ...]) -> list[tuple[str, str, int, str]]:
 
 def _short(location: str) -> str:
     return location.rsplit("/", 1)[-1]
+
+
+def has_nothing(plan: Planned) -> bool:
+    """Whether a plan converts nothing, and that is not what was asked for, as with one stream."""
+    return not plan.residuals and all(s.reason is not Reason.PLAIN for s in plan.skipped)
+
+
+def nothing_to_convert(model: nn.Module, plan: Planned) -> NothingToConvert:
+    """Return the error of a model that has nothing to convert; it counts the reasons."""
+    name = type(model).__name__
+    if not plan.skipped:
+        return NothingToConvert(
+            f"{name} holds no add of two tensors that is seen, so there is no residual to convert. Modules whose adds "
+            "are hidden from their Python code are looked into with inline_modules=[...]."
+        )
+    counts = Counter(s.reason.value for s in plan.skipped)
+    reasons = "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
+    first = plan.skipped[0]
+    return NothingToConvert(
+        f"none of the {len(plan.skipped)} adds in {name} can be converted: {reasons}. The first is in "
+        f"{first.module or 'the root'} at {first.location}: {first}."
+    )

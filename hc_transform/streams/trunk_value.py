@@ -24,7 +24,8 @@ In eager code writes are seen by the versions of the readouts that were given ou
 by ``__torch_function__`` for ``x[...] = value``, ``torch.relu_`` and views: there the next block refuses, while it is
 traced. (``is_dynamo_compiling`` holds in traced code alone: Dynamo itself reads attributes of real values meanwhile.)
 
-It is a pytree of its n streams; hooks of sharding engines see it taken apart (:mod:`hc_transform.streams.hook_readouts`).
+It is a pytree of its n streams; hooks of sharding engines see it taken apart
+(:mod:`hc_transform.streams.hook_readouts`).
 """
 
 from __future__ import annotations

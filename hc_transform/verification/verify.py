@@ -89,7 +89,7 @@ def verify(
     Both run in the model's present mode with the same random seeds. Equal outputs at the start do not
     show that each stream goes where it should, for then all streams are equal; so the streams after
     each residual are compared once more, with coefficients moved off their start, to those of
-    :class:`hc_transform.verification.reference.ReferenceInterpreter`. ``expected`` is what :func:`run_like` returns for the
+    :class:`ReferenceInterpreter`. ``expected`` is what :func:`run_like` returns for the
     original, if that is known already.
 
     Raises:

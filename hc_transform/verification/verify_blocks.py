@@ -62,7 +62,7 @@ def verify_blocks(
         original, converted: the models.
         planned, tape, modules: what was converted; ``modules`` are the connections by their keys on the tape.
         args, kwargs: the example inputs.
-        expected: what :func:`hc_transform.verification.verify.run_like` returns for the original, if that is known already.
+        expected: what :func:`run_like` returns for the original, if that is known already.
 
     Raises:
         NotEquivalent: as for :func:`hc_transform.verification.verify.verify`. With all coefficients moved off

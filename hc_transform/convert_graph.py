@@ -1,0 +1,67 @@
+"""scope="graph": the model as one FX graph."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .capture.trace import bind_inputs
+from .errors import HCTransformError
+from .models.copies import clone_structure, in_other_mode, uncompile
+from .request import OPTIMIZER_NOTE, Example, Request
+from .residuals.analysis import analyse
+from .residuals.planner import Plan
+from .residuals.report import has_nothing, nothing_to_convert, report_of
+from .rewriting.new_modules import make_connections, new_modules, other_parameters
+from .running.graph_model import HyperConnectedModule
+from .running.variants import decides_on_training
+from .verification.verify import verify
+
+
+def convert_graph(
+    model: nn.Module, example: Example | None, expected: Any, request: Request
+) -> tuple[HyperConnectedModule, Plan]:
+    """Return the model as one graph, and its plan.
+
+    Args:
+        model: the original.
+        example: inputs to trace it with; None to trace without values.
+        expected: its outputs on them, None if they are not known.
+        request: what it is to become.
+    """
+    inputs = None if example is None else bind_inputs(model, *example)
+    analysis = analyse(model, inputs, request.options, request.hints)
+    if has_nothing(analysis.plan):
+        raise nothing_to_convert(model, analysis.plan)
+    connections = make_connections(analysis.plan)
+    modules = new_modules(connections, analysis.plan)
+    original = uncompile(clone_structure(model), analysis.trace.inlined)
+    converted = HyperConnectedModule(original, analysis, modules, request.hints)
+    notes, error = [OPTIMIZER_NOTE], None
+    if example is not None and decides_on_training(analysis.trace.graph_module.graph):
+        with in_other_mode(converted):  # now, for compiled code cannot
+            notes += filter(None, [trace_mode(converted, *example).strip()])
+    if example is None:
+        notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
+    elif request.verify:
+        found = verify(model, converted, analysis.plan, *example, expected=expected)
+        error = found.error
+        notes.insert(0, found.note)
+    others = other_parameters(modules.values(), connections)
+    converted.hc_report = report_of(analysis.plan, connections, error, tuple(notes), others)
+    return converted, analysis.plan
+
+
+def trace_mode(converted: HyperConnectedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Trace the mode that the model is in; return what is to be said where that is not the same code."""
+    mode = "training" if converted.training else "eval"
+    try:
+        variant = converted.trace_variant(args, kwargs)
+    except HCTransformError as error:
+        return f" In {mode} mode calls are refused: {error}"
+    if variant.left_out and not variant.needs.values:
+        return (
+            f" In {mode} mode its code does without {', '.join(variant.left_out)}, whose connections do nothing then."
+        )
+    return ""
