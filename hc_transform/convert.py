@@ -19,7 +19,7 @@ from .capture.trace import bind_inputs, describe
 from .connections import ConnectionLike
 from .convert_blocks import convert_blocks, move_into
 from .convert_graph import convert_graph, trace_mode
-from .errors import HCTransformError, NothingToConvert, TraceError, UnsupportedModel
+from .errors import NEVER_HIDDEN, HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .exported import convert_exported, is_exported, refuse_choices
 from .graphs.dialects import name_of
 from .models.compare import compare
@@ -243,6 +243,8 @@ def _run(model: nn.Module, example: Example) -> Any:
     bind_inputs(model, *example)
     try:
         return run_like(model, *example)
+    except NEVER_HIDDEN:
+        raise
     except Exception as error:
         raise TraceError(
             f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
@@ -333,7 +335,9 @@ def full_mode(model: nn.Module, example: Example | None) -> nn.Module | None:
     copy = clone_structure(model).eval()
     try:
         residuals = [len(find_residuals(t.graph_module).residuals) for t in (tape, record(copy, *example))]
-    except Exception as error:
+    except NEVER_HIDDEN:
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
         log.info("%s cannot be run in eval mode: %s", type(model).__name__, describe(error))
         return None
     return copy if residuals[1] > residuals[0] else None

@@ -13,7 +13,7 @@ from .capture.add_bytecode import may_add
 from .capture.tape import Tape, record
 from .capture.trace import describe
 from .connections import Connection
-from .errors import HCTransformError, TraceError
+from .errors import NEVER_HIDDEN, HCTransformError, TraceError
 from .models.copies import clone_structure, compiled_from, in_other_mode
 from .models.selection import Hints
 from .options import Options
@@ -258,7 +258,9 @@ def _run_in_other_mode(
         try:
             with in_other_mode(copy := clone_structure(model)):
                 run_like(copy, args, kwargs)
-        except Exception:
+        except NEVER_HIDDEN:
+            raise
+        except Exception:  # noqa: BLE001  # whatever the user's code raises
             return []  # the model itself does not run on these inputs then
         raise
     return []
@@ -269,6 +271,8 @@ def _traced_run(converted: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         run_like(converted, args, kwargs)
     except BlockError as error:
         raise CannotConvert(error.block, str(error)) from error
+    except (MemoryError, RecursionError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         raise CannotHandOn(describe(error)) from error
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 
 class HCTransformError(Exception):
     """Base class of every error that hc_transform raises on purpose."""
@@ -33,3 +35,7 @@ class PatternError(HCTransformError, ValueError):
 
 class UnknownDialect(UnsupportedModel):
     """A graph is written in operators that are not known, so that its residuals would not be seen."""
+
+
+# What is never taken for a property of the model, such as code that cannot be traced.
+NEVER_HIDDEN = (HCTransformError, MemoryError, RecursionError, torch.OutOfMemoryError)

@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
 from .capture.trace import describe
-from .errors import TraceError, UnsupportedModel
+from .errors import NEVER_HIDDEN, TraceError, UnsupportedModel
 from .graphs.dialects import is_complete
 from .options import Options
 from .request import OPTIMIZER_NOTE, Example, Request
@@ -97,6 +97,8 @@ def convert_exported(program: Any, example: Example | None, request: Request) ->
     elif request.verify:
         try:
             expected = run_like(original, *example)
+        except NEVER_HIDDEN:
+            raise
         except Exception as failure:
             raise TraceError(
                 f"the exported program itself fails on the example inputs: {describe(failure)}. Give inputs with args= "

@@ -300,3 +300,23 @@ def test_command_line(capsys, monkeypatch):
 def test_command_line_errors(arguments, message, capsys):
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks", "auto"])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, MemoryError, RecursionError])
+def test_no_memory_is_no_reason_to_leave_a_module_whole(scope, error):
+    class Fails(nn.Module):
+        """Runs out of memory while it is traced, and only then."""
+
+        def __init__(self):
+            super().__init__()
+            self.f = nn.Linear(8, 8)
+
+        def forward(self, x):
+            if type(x).__name__ == "ValueProxy":
+                raise error("no memory left")
+            return x + self.f(x)
+
+    model, x = nn.Sequential(Fails(), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), torch.randn(2, 3, 8)
+    with pytest.raises(error, match="no memory left"):
+        hct.convert(model, (x,), scope=scope)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..errors import NEVER_HIDDEN
 from ..graphs.dialects import first_alone, has_several_outputs, is_lifted, name_of, takes_first
 from ..graphs.guards import CHECKS
 from ..graphs.operations import (
@@ -30,6 +31,7 @@ from ..graphs.shared_memory import seen_elsewhere
 from ..models.copies import clone_structure, has_hooks
 from ..models.state import state_restored
 from ..streams.in_place import version_of
+from .trace import trace
 
 POINTWISE_MODULES = tuple(
     getattr(nn, name)
@@ -160,7 +162,9 @@ class Kinds:
             with state_restored(copy):
                 inner = _symbolic(copy)
                 counts = any(version_of(buffer) != version for buffer, version in versions)
-        except Exception:
+        except NEVER_HIDDEN:
+            raise
+        except Exception:  # noqa: BLE001  # whatever code raises that is shown what it is not made for
             return Kind.MIX
         if counts or any(isinstance(v, fx.Proxy) for m in copy.modules() for v in m._buffers.values()):
             return Kind.MIX  # it keeps a state, which would change once a stream
@@ -177,9 +181,9 @@ def _symbolic(module: nn.Module) -> fx.GraphModule:
     """Return a graph of a small module; one that computes with shapes is shown a tensor."""
     try:
         return fx.symbolic_trace(module)
-    except Exception:
-        from .trace import trace
-
+    except NEVER_HIDDEN:
+        raise
+    except Exception:  # noqa: BLE001  # as above
         first = next(iter(inspect.signature(module.forward).parameters))
         return trace(module, {first: torch.randn(2, 3, 4)}, inline=frozenset({""})).graph_module
 

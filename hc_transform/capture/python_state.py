@@ -244,7 +244,7 @@ def _structure(inlined: Iterable[str], observed: frozenset[str], root: nn.Module
 def _picklable(read: Read) -> bool:
     try:
         pickle.dumps(read)
-    except Exception:  # a function that has no name, or an object of the user's that does not pickle
+    except Exception:  # noqa: BLE001  # a function that has no name, or an object of the user's that does not pickle
         return False
     return not read.home.startswith("module:__main__")
 

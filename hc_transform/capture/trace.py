@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import HCTransformError, TraceError, UnsupportedModel
+from ..errors import NEVER_HIDDEN, TraceError, UnsupportedModel
 from ..graphs.aliases import written_through
 from ..graphs.guards import CHECKS, check_equal
 from ..graphs.row_sums import unflatten_row_sums
@@ -173,7 +173,7 @@ def raise_own_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
     try:
         with state_restored(model), torch.no_grad():
             model(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
-    except (HCTransformError, torch.OutOfMemoryError):
+    except NEVER_HIDDEN:
         return
     except Exception as own:
         raise own from None

@@ -28,6 +28,7 @@ from torch.fx import _symbolic_trace
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
+from ..errors import NEVER_HIDDEN
 from ..graphs import guards
 from ..graphs.aliases import WRITES, WRITES_INPUT, Aliases, memory_of, written_through
 from ..graphs.operations import is_constant
@@ -134,7 +135,7 @@ class ValueTracer(fx.Tracer):
             with patched(self):
                 graph = super().trace(root, concrete_args)
             self._refuse_draws("")
-        except CannotInline:
+        except (CannotInline, *NEVER_HIDDEN):
             raise
         except Exception as error:
             raise CannotInline("", error) from error
@@ -500,7 +501,7 @@ class ValueTracer(fx.Tracer):
                 self.create_node("call_function", call_hooks, (module, *given), {})
             self._refuse_draws(path)
             return output
-        except CannotInline:
+        except (CannotInline, *NEVER_HIDDEN):
             raise
         except Exception as error:
             raise CannotInline(path, error) from error

@@ -315,7 +315,7 @@ def differing_state(before: Any, after: Any) -> bool:
     """Whether a value that a module holds was changed while its copy was traced."""
     try:
         return bool(_fingerprint(before, 0) != _fingerprint(after, 0))
-    except Exception:  # an object that does not let itself be looked at
+    except Exception:  # noqa: BLE001  # an object that does not let itself be looked at
         return False
 
 

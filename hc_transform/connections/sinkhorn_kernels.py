@@ -31,7 +31,7 @@ def usable(device: torch.device) -> bool:
     try:
         with torch.cuda.device(device):
             target = triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # no C compiler, no headers of Python, no driver: each raises what it likes
+    except Exception as error:  # noqa: BLE001  # no C compiler, no headers of Python, no driver: each raises what it likes
         warnings.warn(f"sinkhorn runs as many small kernels, for Triton fails on {device}: {error}", stacklevel=2)
         return False
     return target.backend == "cuda" and target.arch >= 70

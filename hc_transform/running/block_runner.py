@@ -154,6 +154,8 @@ class BlockRunner:
         try:
             with unwatched():  # the tracer watches the block's code itself; ours need not be
                 return self.trace(block, number, args, kwargs, change)
+        except (MemoryError, RecursionError, torch.OutOfMemoryError):
+            raise
         except Exception as error:
             given: Any = read_out((args, kwargs))
             raise_own_error(original_of(block), *given)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..capture.watch import shared_state_restored
-from ..errors import HCTransformError
+from ..errors import NEVER_HIDDEN, HCTransformError
 from ..models.compare import compare, tensors_of
 from ..models.copies import copy_inputs
 from ..models.state import seed_generators, state_restored
@@ -45,7 +45,7 @@ def failures_of(what: str, original: nn.Module) -> Iterator[None]:
     """Say what failed while streams were compared, so that no failure of ours passes for one of the model."""
     try:
         yield
-    except (HCTransformError, MemoryError, RecursionError, torch.OutOfMemoryError):
+    except NEVER_HIDDEN:
         raise
     except Exception as failure:
         text = " ".join(str(failure).split())[:300]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
+import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..capture.tape import Tape
-from ..errors import HCTransformError, NotEquivalent
+from ..errors import NEVER_HIDDEN, HCTransformError, NotEquivalent
 from ..models.compare import relative_error, tensors_of
 from ..models.copies import copy_inputs, doubled_modules
 from ..residuals.placement import BlockPlan, BlocksPlan, relative
@@ -40,6 +40,8 @@ from .verify import (
     streams_error,
     without_stream_dropout,
 )
+
+log = logging.getLogger("hc_transform")
 
 Streams = tuple[Tensor, ...]
 LEARNED = "between blocks streams are read out as their mean, at the end with the weights of readout='learned'"
@@ -169,8 +171,13 @@ class _Blocks(Pair):
             if error:
                 wrong.setdefault(name, error)
 
-        with contextlib.suppress(Exception), observed_blocks(self.converted, compare):
-            run_like(self.converted, self.args, self.kwargs)
+        try:
+            with observed_blocks(self.converted, compare):
+                run_like(self.converted, self.args, self.kwargs)
+        except NEVER_HIDDEN:
+            raise
+        except Exception as failure:  # noqa: BLE001  # of the user's code, which runs as often as it is looked at
+            log.info("no residual is named, for the blocks cannot be looked into: %s", failure)
         return wrong
 
     def reference(self, rounding: Rounding | None = None) -> tuple[Any, Mapping[str, Tensor]]:
@@ -206,7 +213,9 @@ class _Blocks(Pair):
         plain = NamedInputs(self.tape.graph_module)
         try:
             repeated = run_like(self.tape.graph_module, (), self.tape.named_inputs, plain.run_on)
-        except Exception as failure:
+        except NEVER_HIDDEN:
+            raise
+        except Exception as failure:  # noqa: BLE001  # operations of the user's may raise anything
             return f"the recorded run cannot be repeated ({' '.join(str(failure).split())[:200]})"
         outputs = tensors_of(run_like(self.original, self.args, self.kwargs))
         if not relative_error(outputs, list(repeated)) <= tolerance_of(outputs, self.original):
