@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graphs import guards
+from ..graphs import guards, meta
 from ..graphs.operations import is_constant
 from .proxy import UNKNOWN, ValueProxy
 from .recorder import Recorder
@@ -107,7 +107,7 @@ def is_entry_of_input(node: fx.Node) -> bool:
     entry = False
     while node.op == "call_function" and getattr(node.target, "__name__", "") in ("getitem", "getattr"):
         source = node.args[0]
-        if not isinstance(source, fx.Node) or issubclass(source.meta.get("hc_type", torch.Tensor), torch.Tensor):
+        if not isinstance(source, fx.Node) or issubclass(meta.TYPE.of(source) or torch.Tensor, torch.Tensor):
             return False
         node, entry = source, True
     return entry and node.op == "placeholder"

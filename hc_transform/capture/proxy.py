@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..graphs import guards
+from ..graphs import guards, meta
 from ..graphs.operations import set_item
 from .asserts import assert_of, check_assert
 from .recorder import Recorder
@@ -269,7 +269,7 @@ class ValueProxy(fx.Proxy):
                 "the code needs a number that depends on the input; give example inputs with args="
             )
         self._note_values()
-        fits_no_other = isinstance(self.hc_value, (float, complex)) and "hc_on_values" in self.node.meta
+        fits_no_other = isinstance(self.hc_value, (float, complex)) and meta.ON_VALUES.known(self.node)
         if (isinstance(self.hc_value, torch.Tensor) or fits_no_other) and not self.tracer.probing:
             raise fx.proxy.TraceError("its code needs the values of a tensor as Python numbers")
         self._decided(guards.check_equal, self.hc_value)
@@ -281,7 +281,7 @@ class ValueProxy(fx.Proxy):
             self.tracer.decides_on_values()
 
     def _is_of_values(self) -> bool:
-        return isinstance(self.hc_value, torch.Tensor) or "hc_on_values" in self.node.meta
+        return isinstance(self.hc_value, torch.Tensor) or meta.ON_VALUES.known(self.node)
 
     def _decided(self, check: Any, *expected: Any) -> None:
         self.tracer.record_decision(self, check, *expected)

@@ -22,6 +22,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
+from ..graphs import meta
 from ..graphs.aliases import layout_of, memory_of, written_through
 from ..graphs.operations import Kind, set_item
 from ..graphs.row_sums import unflatten_row_sums
@@ -57,8 +58,8 @@ class Tape:
     """One recorded run.
 
     Attributes:
-        graph_module: every torch call as a node. ``meta["hc_calls"]`` holds the module calls it was
-            made in, outermost first; ``meta["hc_module"]`` the path of the innermost.
+        graph_module: every torch call as a node. ``meta.CALLS`` holds the module calls it was
+            made in, outermost first; ``meta.MODULE`` the path of the innermost.
         inputs: the tensors of the run's inputs, in the order of the placeholders.
         reads_values: whether Python took numbers out of computed tensors, so that other values could take
             another way.
@@ -226,12 +227,12 @@ class _Recorder(TorchFunctionMode):
         return node
 
     def _locate(self, node: fx.Node) -> None:
-        node.meta["hc_calls"] = tuple(self.calls)
-        node.meta["hc_module"] = self.calls[-1].path if self.calls else ""
+        meta.CALLS.set(node, tuple(self.calls))
+        meta.MODULE.set(node, self.calls[-1].path if self.calls else "")
         frame = user_frame()
         if frame is not None:
-            node.meta["hc_location"] = f"{frame[0]}:{frame[1]}"
-            node.meta["hc_lines"] = user_lines()
+            meta.LOCATION.set(node, f"{frame[0]}:{frame[1]}")
+            meta.LINES.set(node, user_lines())
 
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -288,7 +289,7 @@ class _Recorder(TorchFunctionMode):
         self.node_of[id(tensor)] = node
         self.versions[id(tensor)] = version_of(tensor)
         self.alive.append(tensor)
-        node.meta["hc_type"] = torch.Tensor
+        meta.TYPE.set(node, torch.Tensor)
         node.meta["tensor_meta"] = _extract_tensor_metadata(tensor)
         return node
 
@@ -305,7 +306,7 @@ class _Recorder(TorchFunctionMode):
                 return
             self._stands_for(node, value)
             return
-        node.meta["hc_type"] = type(value)
+        meta.TYPE.set(node, type(value))
         if isinstance(value, Mapping):
             entries: Iterator[tuple[Any, Any]] = iter(value.items())
         elif isinstance(value, (tuple, list)):

@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from ..errors import NEVER_HIDDEN, TraceError, UnsupportedModel
+from ..graphs import meta
 from ..graphs.aliases import written_through
 from ..graphs.guards import CHECKS, check_equal
 from ..graphs.row_sums import unflatten_row_sums
@@ -292,7 +293,7 @@ def _check_placement(graph: fx.Graph, work: nn.Module) -> None:
         if value in constants:
             with graph.inserting_before(first):
                 read = graph.call_function(getattr, (graph.create_node("get_attr", name, (), {}), attribute))
-                read.meta["hc_type"] = type(value)
+                meta.TYPE.set(read, type(value))
                 graph.call_function(check_equal, (read, value, f"the {attribute} of the parameters"))
 
 

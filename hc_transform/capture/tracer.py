@@ -29,8 +29,8 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from ..errors import NEVER_HIDDEN
-from ..graphs import guards
-from ..graphs.aliases import WRITES, WRITES_INPUT, Aliases, memory_of, written_through
+from ..graphs import guards, meta
+from ..graphs.aliases import Aliases, memory_of, written_through
 from ..graphs.operations import is_constant
 from ..graphs.shape_reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, reads_values
 from ..graphs.source_lines import short_name, user_frame, user_lines
@@ -209,7 +209,7 @@ class ValueTracer(fx.Tracer):
         proxy = self._proxy_of(node, value)
         drawn = isinstance(target, Draw) or kind == "call_method" and is_generator(getattr(args[0], "hc_value", None))
         if not isinstance(value, torch.Tensor) and (drawn or reads_values(node)):
-            node.meta["hc_on_values"] = True
+            meta.ON_VALUES.set(node, True)
         if isinstance(value, torch.Tensor) and is_entry_of_input(node):
             name = (
                 f"{node_args[0]}[{node_args[1]!r}]" if target is operator.getitem else f"{node_args[0]}.{node_args[1]}"
@@ -229,13 +229,13 @@ class ValueTracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         if node.name == "self":  # which generated code has for the module
             node._rename("self_1")
-        node.meta["hc_module"] = self._paths[-1]
-        node.meta["hc_call"] = self._number
+        meta.MODULE.set(node, self._paths[-1])
+        meta.CALL.set(node, self._number)
         frame = user_frame()
         if frame is not None and kind != "placeholder":
             filename, line, function = frame
-            node.meta["hc_location"] = f"{filename}:{line}"
-            node.meta["hc_lines"] = user_lines()
+            meta.LOCATION.set(node, f"{filename}:{line}")
+            meta.LINES.set(node, user_lines())
             code = linecache.getline(filename, line).strip()
             node.stack_trace = f'  File "{filename}", line {line}, in {function}\n    {code}\n'
         return node
@@ -253,9 +253,9 @@ class ValueTracer(fx.Tracer):
         frame = user_frame()
         where = "an unknown line" if frame is None else f"{short_name(frame[0])}:{frame[1]}"
         made = self.create_node("call_function", check, (node, *expected, where), {})
-        of_tensor = issubclass(node.meta.get("hc_type", object), torch.Tensor) and check is not guards.check_len
-        if of_tensor or "hc_on_values" in node.meta:
-            made.meta["hc_on_values"] = True
+        of_tensor = issubclass(meta.TYPE.of(node) or object, torch.Tensor) and check is not guards.check_len
+        if of_tensor or meta.ON_VALUES.known(node):
+            meta.ON_VALUES.set(made, True)
 
     def decides_on_values(self) -> None:
         """Note that the module that is being traced decides on values of tensors or on random numbers."""
@@ -347,7 +347,7 @@ class ValueTracer(fx.Tracer):
             if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(list(vars(a).values()))):
                 return self._rebuilt(a)
             node = self.create_node("call_function", FreshObject(copy_inputs(a)), (), {})
-            node.meta["hc_type"] = type(a)
+            meta.TYPE.set(node, type(a))
             self._objects[id(a)] = (a, node)  # kept alive, so that its id stays its own
         return self._objects[id(a)][1]
 
@@ -358,7 +358,7 @@ class ValueTracer(fx.Tracer):
         if not all(name.isidentifier() for name in fields) or type(cls.__new__(cls)) is not cls:
             raise NotImplementedError(f"argument of type: {type(a)}")
         node = self.create_node("call_function", RebuiltObject(type(a)), (), fields)
-        node.meta["hc_type"] = type(a)
+        meta.TYPE.set(node, type(a))
         return node
 
     def _is_of_a_module(self, a: Any) -> bool:
@@ -370,7 +370,7 @@ class ValueTracer(fx.Tracer):
             with self._untraced():
                 node.meta["tensor_meta"] = _extract_tensor_metadata(value)
         if value is not UNKNOWN:
-            node.meta["hc_type"] = type(value)
+            meta.TYPE.set(node, type(value))
         self._value_of[node] = value
         proxy = ValueProxy(node, self, value)
         if node.op in ("placeholder", "get_attr"):
@@ -391,8 +391,8 @@ class ValueTracer(fx.Tracer):
             for place, operand in enumerate(node.all_input_nodes):
                 value = self._value_of.get(operand)
                 if isinstance(value, torch.Tensor) and memory_of(value) == memory:
-                    node.meta[WRITES] = place
-                    node.meta[WRITES_INPUT] = self._lasting[memory]
+                    meta.WRITES.set(node, place)
+                    meta.WRITES_INPUT.set(node, self._lasting[memory])
                     return
 
     def _rebind(self, tensor: torch.Tensor, node: fx.Node, returned: bool) -> None:
@@ -407,7 +407,7 @@ class ValueTracer(fx.Tracer):
             else:
                 before = proxy.node
                 proxy.node = self.create_node("call_function", written_through, (before, node), {})
-                proxy.node.meta.update({k: before.meta[k] for k in ("tensor_meta", "hc_type") if k in before.meta})
+                proxy.node.meta.update({k: before.meta[k] for k in ("tensor_meta", meta.TYPE.name) if k in before.meta})
 
     # -- values
 

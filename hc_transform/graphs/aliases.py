@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
-WRITES = "hc_writes"  # in the meta of a node that writes into memory that outlives the graph: the operand, by number
-WRITES_INPUT = "hc_writes_input"  # whether that memory is an input's
-
+from . import meta
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], int]  # size, stride and offset of a tensor in its memory
 
@@ -63,8 +61,9 @@ def lost_writes(graph: fx.Graph, gone: Collection[fx.Node]) -> dict[fx.Node, fx.
     last: dict[fx.Node, fx.Node] = {}
     lost: set[fx.Node] = set()
     for node in graph.nodes:
-        if WRITES in node.meta:
-            target = node.all_input_nodes[node.meta[WRITES]]
+        operand = meta.WRITES.of(node)
+        if operand is not None:
+            target = node.all_input_nodes[operand]
             first[node] = first.get(target, target)
             if node in gone or target in lost:
                 lost.add(node)

@@ -27,6 +27,7 @@ from torch.fx import _pytree as fx_pytree
 from torch.fx.graph import _PyTreeCodeGen
 
 from ..errors import UnknownDialect
+from . import meta
 from .source_lines import INTERNAL_FILES, TORCH
 
 RENAMED = {
@@ -192,7 +193,7 @@ def value_of(node: fx.Node) -> Any:
 
 def type_of(node: fx.Node) -> type | None:
     """Return the type of what ``node`` stands for, None if that is not known."""
-    known = node.meta.get("hc_type")
+    known = meta.TYPE.of(node)
     value = value_of(node) if known is None else None
     return type(value) if value is not None else known
 
@@ -339,3 +340,13 @@ def _family(node: fx.Node) -> str | None:
     if hasattr(node.target, "_schema"):  # an operator, but not of torch.ops: another tool's
         return type(node.target).__module__.partition(".")[0] + "." + type(node.target).__name__
     return ""
+
+
+def module_of(node: fx.Node) -> str:
+    """Return the path of the module whose code made ``node``."""
+    return meta.MODULE.of(node) if meta.MODULE.known(node) else module_path(node)
+
+
+def location_of(node: fx.Node) -> str:
+    """Return "file:line" of the user's code that made ``node``."""
+    return meta.LOCATION.of(node) or location(node) or "unknown location"

@@ -7,6 +7,7 @@ from operator import getitem
 import torch
 from torch import fx
 
+from . import meta
 from .dialects import name_of
 from .operations import has_known_home, shape_of
 
@@ -59,7 +60,7 @@ def _unflatten(graph: fx.Graph, node: fx.Node, x: fx.Node, given: dict[str, obje
         total = graph.call_function(torch.index_add, (x, 0, given["index"], rows), extra)  # type: ignore[arg-type]
     made = {shape: torch.Size, row: torch.Size, rows: torch.Tensor, total: torch.Tensor}
     for new, of_type in made.items():
-        new.meta = {**node.meta, "hc_type": of_type}
+        new.meta = {**node.meta, meta.TYPE.name: of_type}
         new.meta.pop("tensor_meta", None)
     if "tensor_meta" in x.meta:
         total.meta["tensor_meta"] = x.meta["tensor_meta"]

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from .aliases import WRITES_INPUT
+from . import meta
 
-KEPT_META = ("hc_module", "hc_location", "hc_on_values", "hc_streams", WRITES_INPUT, "stack_trace")
+KEPT = (meta.MODULE, meta.LOCATION, meta.ON_VALUES, meta.STREAMS, meta.WRITES_INPUT)
+KEPT_META = (*(entry.name for entry in KEPT), "stack_trace")
 
 
 class NodeRef(NamedTuple):
@@ -45,10 +46,10 @@ def flatten_graph(graph: fx.Graph) -> list[tuple[Any, ...]]:
     rows = []
     for node in graph.nodes:
         args, kwargs = (_replaced(a, fx.Node, lambda n: NodeRef(index[n])) for a in (node.args, node.kwargs))
-        meta = {key: node.meta[key] for key in KEPT_META if key in node.meta}
-        if getattr(node.meta.get("hc_type"), "__module__", None) in ("builtins", "torch"):
-            meta["hc_type"] = node.meta["hc_type"]
-        rows.append((node.op, node.name, _named_target(node.target), args, kwargs, meta))
+        kept = {key: node.meta[key] for key in KEPT_META if key in node.meta}
+        if getattr(meta.TYPE.of(node), "__module__", None) in ("builtins", "torch"):
+            kept[meta.TYPE.name] = meta.TYPE.of(node)
+        rows.append((node.op, node.name, _named_target(node.target), args, kwargs, kept))
     return rows
 
 
@@ -56,11 +57,11 @@ def unflatten_graph(rows: list[tuple[Any, ...]]) -> fx.Graph:
     """Return the graph that :func:`flatten_graph` made the list from."""
     graph = fx.Graph()
     nodes: list[fx.Node] = []
-    for op, name, target, args, kwargs, meta in rows:
+    for op, name, target, args, kwargs, kept in rows:
         args, kwargs = (_replaced(a, NodeRef, lambda ref: nodes[ref.place]) for a in (args, kwargs))
         target = target.found() if isinstance(target, OperatorRef) else target
         node = graph.create_node(op, target, args, kwargs, name)
-        node.meta.update(meta)
+        node.meta.update(kept)
         nodes.append(node)
     return graph
 

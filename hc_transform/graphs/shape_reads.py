@@ -7,6 +7,7 @@ import operator
 import torch
 from torch import fx
 
+from . import meta
 from .dialects import SYMBOLS, reads_symbols, type_of
 
 SHAPE_METHODS = frozenset("size dim ndimension numel nelement stride is_floating_point is_complex get_device".split())
@@ -37,6 +38,6 @@ def reads_values(node: fx.Node) -> bool:
     """Whether a number, or a list of them, depends on the values of tensors."""
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     sources = node.all_input_nodes
-    if name in VALUE_READS and any(issubclass(n.meta.get("hc_type", object), torch.Tensor) for n in sources):
+    if name in VALUE_READS and any(issubclass(meta.TYPE.of(n) or object, torch.Tensor) for n in sources):
         return True
-    return any("hc_on_values" in n.meta for n in sources)
+    return any(meta.ON_VALUES.known(n) for n in sources)

@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from ..streams.in_place import write_of
+from . import meta
 from .dialects import name_of
 
 VIEWS = frozenset(  # what returns its input's memory, or may
@@ -33,7 +34,7 @@ def seen_elsewhere(gm: fx.GraphModule) -> frozenset[fx.Node]:
     ['relu', 'select', 'zero_']
     """
     nodes = list(gm.graph.nodes)
-    if any("hc_type" in node.meta or "hc_module" in node.meta for node in nodes):
+    if any(meta.TYPE.known(node) or meta.MODULE.known(node) for node in nodes):
         return frozenset()
     modules = dict(gm.named_modules())
     number = {node: i for i, node in enumerate(nodes)}

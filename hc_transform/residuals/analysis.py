@@ -12,6 +12,7 @@ from torch import nn
 from ..capture.kinds import Kinds
 from ..capture.trace import Trace, trace
 from ..errors import TraceError
+from ..graphs import meta
 from ..models.selection import Hints
 from ..options import Options
 from .find import find_residuals
@@ -168,6 +169,6 @@ def _scopes(plan: Plan) -> frozenset[str]:
     for residual in plan.residuals:
         nodes.update((residual.add, *residual.absorbed))
     for node in nodes:
-        atoms = str(node.meta.get("hc_module", "")).split(".")
+        atoms = str(meta.MODULE.of(node)).split(".")
         scopes.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
     return frozenset(scopes)

@@ -11,8 +11,7 @@ from torch import fx, nn
 
 from ..capture.kinds import Kinds
 from ..graphs.aliases import is_seen_elsewhere, written_through
-from ..graphs.dialects import is_complete, name_of, refuse_unknown, regions_of
-from ..graphs.meta import location_of, module_of
+from ..graphs.dialects import is_complete, location_of, module_of, name_of, refuse_unknown, regions_of
 from ..graphs.operations import Kind, is_tensor, shape_of
 from ..streams.mixing import summed_products
 from .ancestry import Ancestry

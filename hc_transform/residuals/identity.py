@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import fx
 
 from ..errors import TraceError
+from ..graphs import meta
 from .findings import Findings, Residual
 from .trunks import Trunk, way_between
 
@@ -31,9 +32,9 @@ class Operation(NamedTuple):
 
 def operation(node: fx.Node) -> Operation:
     """Return what a node is known by."""
-    meta, target = node.meta, node.target
+    target = node.target
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    return Operation(meta.get("hc_module", ""), meta.get("hc_call", ()), name, meta.get("hc_location", ""))
+    return Operation(meta.MODULE.of(node), meta.CALL.of(node), name, meta.LOCATION.of(node) or "")
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,11 @@ def _identity(residual: Residual, name: str | None, below: str) -> Identity:
     prefix = residual.module + "." if residual.module else ""
     used = set()
     for node in (*residual.region, *(n for r in residual.region for n in r.all_input_nodes if n.op == "get_attr")):
-        path = str(node.target) if node.op in ("call_module", "get_attr") else str(node.meta.get("hc_module", ""))
+        path = str(node.target) if node.op in ("call_module", "get_attr") else str(meta.MODULE.of(node))
         if path.startswith(prefix) and path != residual.module and not path.endswith(".training"):
             used.add(".".join(path[len(prefix) :].split(".")[:DEPTH]))
-    meta = residual.add.meta
     module = relative_path(residual.module, below)
-    return Identity(name, module, frozenset(used), meta.get("hc_lines", ()), meta.get("hc_call", ()))
+    return Identity(name, module, frozenset(used), meta.LINES.of(residual.add), meta.CALL.of(residual.add))
 
 
 def with_ways(known: Iterable[Identity], trunks: Iterable[Trunk]) -> tuple[Identity, ...]:

@@ -8,8 +8,7 @@ from dataclasses import replace
 
 from torch import fx, nn
 
-from ..graphs.dialects import is_lifted, modules_called, value_of
-from ..graphs.meta import module_of
+from ..graphs.dialects import is_lifted, module_of, modules_called, value_of
 from .findings import Residual
 
 

@@ -15,6 +15,8 @@ from typing import TypeVar
 from torch import fx, nn
 
 from ..capture.tape import Call
+from ..graphs import meta
+from ..graphs.dialects import location_of
 from .findings import Reason, Residual, Skipped
 from .identity import Identity, identities, relative_path
 from .keys import relative
@@ -149,7 +151,7 @@ def _around_parts(
         adds = {r.add for r in trunk.residuals}
         for residual in trunk.residuals:
             for node in _on_the_way(residual, trunk, adds, homes)[1]:
-                calls = node.meta.get("hc_calls", ())
+                calls = meta.CALLS.of(node)
                 if calls and calls[-1].path:
                     held = [add for add in adds if calls[-1] in stacks[add]]
                     if 0 < len(held) < len(adds):
@@ -164,12 +166,12 @@ def _on_the_way(
     way = way_between(residual.skip, trunk.carried, adds)
     ends = {residual.skip, *(n for operands in way.values() for n in operands)} - way.keys()
     inside = {homes[add] for add in (residual.add, *ends.intersection(adds))}
-    return ends, [n for n in sorted(way) if not inside.intersection(n.meta.get("hc_calls", ()))]
+    return ends, [n for n in sorted(way) if not inside.intersection(meta.CALLS.of(n))]
 
 
 def container(nodes: Iterable[fx.Node]) -> tuple[Call, ...]:
     """Return the module calls that all of ``nodes`` were made in, outermost first."""
-    stacks = [node.meta["hc_calls"] for node in nodes if "hc_calls" in node.meta]
+    stacks = [meta.CALLS.of(node) for node in nodes if meta.CALLS.known(node)]
     common = stacks[0]
     for stack in stacks[1:]:
         same = 0
@@ -220,7 +222,7 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
 
 def inside(residual: Residual, call: Call) -> frozenset[fx.Node]:
     """Return the part of a residual's region that is made within a module call."""
-    return frozenset(node for node in residual.region if call in node.meta.get("hc_calls", ()))
+    return frozenset(node for node in residual.region if call in meta.CALLS.of(node))
 
 
 def find_holders(
@@ -302,7 +304,7 @@ def _cut(trunks: list[Trunk], homes: Mapping[fx.Node, Call], apart: str) -> tupl
                 pieces.append(_piece(trunk, pending))
                 pending = []
             elif outside is not None:
-                where = str(outside.meta.get("hc_location", "unknown location")).rsplit("/", 1)[-1]
+                where = location_of(outside).rsplit("/", 1)[-1]
                 cuts.append(f"before {residual.name}: {outside.name} at {where} changes the value between blocks")
                 pieces.append(_piece(trunk, pending))
                 pending = []
@@ -395,7 +397,7 @@ def _by_call(made: Iterable[tuple[fx.Node, T]]) -> dict[Call, list[T]]:
     """Return things by the module calls around the nodes that they come with."""
     found: dict[Call, list[T]] = {}
     for node, thing in made:
-        for call in node.meta.get("hc_calls", ()):
+        for call in meta.CALLS.of(node):
             found.setdefault(call, []).append(thing)
     return found
 
@@ -404,7 +406,7 @@ def _scopes(block: str, nodes: Iterable[fx.Node]) -> frozenset[str]:
     """Return the paths below ``block`` of the modules whose code made ``nodes``, and their parents."""
     scopes = {""}
     for node in nodes:
-        path = relative_path(str(node.meta.get("hc_module", "")), block)
+        path = relative_path(str(meta.MODULE.of(node)), block)
         atoms = path.split(".") if path else []
         scopes.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
     return frozenset(scopes)

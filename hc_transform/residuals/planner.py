@@ -11,8 +11,7 @@ from torch import fx, nn
 
 from ..capture.kinds import Kinds
 from ..errors import PatternError, UnsupportedModel
-from ..graphs.dialects import name_of
-from ..graphs.meta import location_of
+from ..graphs.dialects import location_of, name_of
 from ..graphs.operations import shape_of
 from ..options import Options
 from .findings import Findings, Reason, Residual, Skipped

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..connections import Connection, connection_name
 from ..errors import NothingToConvert
-from ..graphs.meta import location_of
+from ..graphs.dialects import location_of
 from ..options import Options
 from .findings import Reason, Residual, Skipped
 from .trunks import Trunk

@@ -14,10 +14,10 @@ from torch import fx, nn
 from ..capture.kinds import Kinds, is_shape_read
 from ..connections import Connection
 from ..errors import UnsupportedModel
+from ..graphs import meta
 from ..graphs.aliases import lost_writes
-from ..graphs.dialects import takes_first
+from ..graphs.dialects import location_of, takes_first
 from ..graphs.guards import CHECKS
-from ..graphs.meta import location_of
 from ..graphs.operations import shape_of
 from ..models.copies import REGISTERED_HOOKS
 from ..residuals.findings import Residual
@@ -32,8 +32,6 @@ from .carried_ops import carried_call
 from .new_modules import expand_key, features_of, make_connections, new_modules, readout_key
 
 log = logging.getLogger("hc_transform")
-
-STREAMS = "hc_streams"  # in the meta of a node that gives the streams of a trunk value: how they are read out
 
 TENSORS = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
@@ -284,8 +282,8 @@ class _TrunkRewriter:
             function = ops.write_recomputed if self.options.recompute else ops.write
             first = (True,) if residual.branch_first else ()
             written = self._new(function, (streams, branch, self._coefficients, *first), f"{label}_write", residual.add)
-            written.meta["hc_residual"] = residual.name
-            written.meta[STREAMS] = self.mode
+            meta.RESIDUAL.set(written, residual.name)
+            meta.STREAMS.set(written, self.mode)
             if self.options.stream_dropout:
                 written = self._module(DROPOUT_KEY, (written,), f"{label}_dropout", residual.add)
         self.streams[residual.add] = written
@@ -320,7 +318,7 @@ class _TrunkRewriter:
             target, arguments, kwargs = carried_call(node, self.kinds, target, streams, args, kwargs)
             made = self._new(target, arguments, f"{node.name}_streams", node)
             made.kwargs = kwargs
-            made.meta[STREAMS] = self.mode
+            meta.STREAMS.set(made, self.mode)
         return made
 
     def _serve_other_users(self, value: fx.Node, gone: set[fx.Node]) -> None:
@@ -375,6 +373,6 @@ def _done_on_streams(trunk: Trunk) -> set[fx.Node]:
 
 
 def _locate(node: fx.Node, source: fx.Node) -> None:
-    for key in ("hc_module", "hc_location", "stack_trace", "nn_module_stack"):
+    for key in meta.ORIGIN:
         if key in source.meta:
             node.meta[key] = source.meta[key]

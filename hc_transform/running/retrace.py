@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx
 
 from ..capture.proxy import ValueProxy
-from ..rewriting.rewrite import STREAMS
+from ..graphs import meta
 from ..streams.mixing import readout
 
 
@@ -54,8 +54,8 @@ class Retraced(fx.Interpreter):
             made = super().run_node(n)
             if isinstance(made, fx.Proxy) and n.op not in ("placeholder", "output"):
                 made.node.meta.update({k: v for k, v in n.meta.items() if k in ("stack_trace", "nn_module_stack")})
-                if self.names_modules and STREAMS in n.meta:
-                    self.tracer.create_proxy("call_function", readout, (made, n.meta[STREAMS]), {})
+                if self.names_modules and meta.STREAMS.known(n):
+                    self.tracer.create_proxy("call_function", readout, (made, meta.STREAMS.of(n)), {})
         return made
 
     @contextmanager
@@ -65,7 +65,7 @@ class Retraced(fx.Interpreter):
             yield
             return
         before = self.tracer.current_module_qualname
-        path = str(n.target) if n.op == "call_module" else n.meta.get("hc_module", "")
+        path = str(n.target) if n.op == "call_module" else meta.MODULE.of(n)
         self.tracer.current_module_qualname = (self.prefix + path).rstrip(".")
         try:
             yield

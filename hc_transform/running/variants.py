@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from ..capture.python_state import PythonState, is_plain
 from ..errors import DecisionChanged
-from ..graphs.aliases import WRITES_INPUT
+from ..graphs import meta
 from ..graphs.graph_code import shared_function_of
 from ..graphs.guards import CHECKS, HINT
 from ..graphs.serialize import flatten_graph, unflatten_graph
@@ -202,7 +202,7 @@ def needs_of(graph: fx.Graph) -> Needs:
             touched += before_check
             before_check = []
             continue
-        wrote = wrote or node.meta.get(WRITES_INPUT, False)
+        wrote = wrote or meta.WRITES_INPUT.of(node)
         if node.op == "call_module":
             before_check.append(str(node.target))
             working = True
@@ -210,7 +210,7 @@ def needs_of(graph: fx.Graph) -> Needs:
             before_check.append(str(node.target).rpartition(".")[0])
         elif node.op not in ("placeholder", "get_attr", "output") and not is_shape_read(node):
             working = True
-    values = any("hc_on_values" in node.meta for node in graph.nodes if node.target in CHECKS)
+    values = any(meta.ON_VALUES.known(node) for node in graph.nodes if node.target in CHECKS)
     reads = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     flags = tuple(target for target in reads if target.rpartition(".")[2] == "training")
     return Needs(late, values, writes, flags, tuple(dict.fromkeys(touched)))

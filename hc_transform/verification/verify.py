@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from ..capture.trace import bind_inputs
 from ..connections.trunk_ends import StreamDropout
 from ..errors import DecisionChanged, NotEquivalent
+from ..graphs import meta
 from ..graphs.dialects import inputs_of
 from ..models.compare import Comparison, compare, relative_error
 from ..models.copies import copy_inputs, doubled_modules
@@ -275,8 +276,8 @@ class _Recorder(NamedInputs):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if "hc_residual" in n.meta:  # at once: what comes next may overwrite the streams
-            name = n.meta["hc_residual"]
+        name = meta.RESIDUAL.of(n)
+        if name is not None:  # at once: what comes next may overwrite the streams
             if error := streams_error(value, self.expected.pop(name)):
                 self.wrong[name] = error
         return value

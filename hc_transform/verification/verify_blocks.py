@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from ..capture.tape import Tape
 from ..errors import NEVER_HIDDEN, HCTransformError, NotEquivalent
+from ..graphs import meta
 from ..models.compare import relative_error, tensors_of
 from ..models.copies import copy_inputs, doubled_modules
 from ..residuals.placement import BlockPlan, BlocksPlan, relative
@@ -262,8 +263,9 @@ class _BlockRecorder(NamedInputs):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if "hc_residual" in n.meta:  # at once: what comes next may overwrite the streams
-            self.tell(n.meta["hc_residual"], value)
+        name = meta.RESIDUAL.of(n)
+        if name is not None:  # at once: what comes next may overwrite the streams
+            self.tell(name, value)
         return value
 
 
