@@ -320,3 +320,12 @@ def test_no_memory_is_no_reason_to_leave_a_module_whole(scope, error):
     model, x = nn.Sequential(Fails(), nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), torch.randn(2, 3, 8)
     with pytest.raises(error, match="no memory left"):
         hct.convert(model, (x,), scope=scope)
+
+
+def test_passes_tell_their_seconds_and_nodes(caplog):
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    with caplog.at_level("DEBUG", logger="hc_transform"):
+        hct.convert(model, (torch.randn(2, 3, 8),), scope="graph")
+    said = [record.getMessage() for record in caplog.records if record.levelname == "DEBUG"]
+    for name in ("trace", "find_residuals", "make_plan", "rewritten_graph"):
+        assert any(re.fullmatch(rf"{name}: \d+\.\d+ s, \d+( -> \d+)? nodes", text) for text in said), (name, said)

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from ..graphs import meta
 from ..graphs.aliases import layout_of, memory_of, written_through
 from ..graphs.operations import Kind, set_item
+from ..graphs.passes import logged_pass
 from ..graphs.row_sums import unflatten_row_sums
 from ..graphs.source_lines import user_frame, user_lines
 from ..models.compare import tensors_of
@@ -83,6 +84,7 @@ class Tape:
         return dict(zip(names, self.inputs, strict=True))
 
 
+@logged_pass
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tape:
     """Run ``model`` once and return the tape. State and random numbers are put back afterwards."""
     args, kwargs = copy_inputs(tuple(args)), copy_inputs(dict(kwargs))

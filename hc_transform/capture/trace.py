@@ -17,6 +17,7 @@ from ..errors import NEVER_HIDDEN, TraceError, UnsupportedModel
 from ..graphs import meta
 from ..graphs.aliases import written_through
 from ..graphs.guards import CHECKS, check_equal
+from ..graphs.passes import logged_pass
 from ..graphs.row_sums import unflatten_row_sums
 from ..graphs.shape_reads import is_shape_read
 from ..graphs.source_lines import INTERNAL_FILES
@@ -75,6 +76,7 @@ def bind_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         ) from None
 
 
+@logged_pass
 def trace(
     model: nn.Module,
     inputs: Mapping[str, Any] | None,

@@ -13,6 +13,7 @@ from ..capture.kinds import Kinds
 from ..graphs.aliases import is_seen_elsewhere, written_through
 from ..graphs.dialects import is_complete, location_of, module_of, name_of, refuse_unknown, regions_of
 from ..graphs.operations import Kind, is_tensor, shape_of
+from ..graphs.passes import logged_pass
 from ..streams.mixing import summed_products
 from .ancestry import Ancestry
 from .findings import Findings, Reason, Residual, Shortcut, Skipped
@@ -22,6 +23,7 @@ from .spellings import ADDITIONS, SHIFTS, Sum, Term, flattened, sum_of
 Base = tuple[fx.Node, tuple[fx.Node, ...]]  # a value, and the operations from it to a skip
 
 
+@logged_pass
 def find_residuals(gm: fx.GraphModule) -> Findings:
     """Find the residual adds of a traced graph.
 

@@ -13,6 +13,7 @@ from ..capture.kinds import Kinds
 from ..errors import PatternError, UnsupportedModel
 from ..graphs.dialects import location_of, name_of
 from ..graphs.operations import shape_of
+from ..graphs.passes import logged_pass
 from ..options import Options
 from .findings import Findings, Reason, Residual, Skipped
 from .keys import with_keys
@@ -45,6 +46,7 @@ class Plan:
         return str(self.report)
 
 
+@logged_pass
 def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:
     """Group the residuals of ``graph_module`` into trunks.
 

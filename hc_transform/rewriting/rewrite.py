@@ -19,6 +19,7 @@ from ..graphs.aliases import lost_writes
 from ..graphs.dialects import location_of, takes_first
 from ..graphs.guards import CHECKS
 from ..graphs.operations import shape_of
+from ..graphs.passes import logged_pass
 from ..models.copies import REGISTERED_HOOKS
 from ..residuals.findings import Residual
 from ..residuals.keys import DROPOUT_KEY, add_modules, label_of
@@ -91,6 +92,7 @@ def _take_over(result: fx.GraphModule, gm: fx.GraphModule) -> None:
             result.__dict__[name] = copy.copy(value)
 
 
+@logged_pass
 def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
     """Return a rewritten copy of ``gm.graph``. It refers to connections by the keys of residuals."""
     graph = fx.Graph(tracer_cls=gm.graph._tracer_cls)
@@ -107,6 +109,7 @@ def rewritten_graph(gm: fx.GraphModule, plan: Plan) -> fx.Graph:
         _TrunkRewriter(graph, copies, trunk, kinds, plan, outer_reads, memory).run()
     for write in memory.lost.keys() - gone:  # into a readout
         memory.overwrite(write, copies[write])
+    graph.lint()
     log.info("rewrote %d residuals on %d trunks", len(plan.residuals), len(plan.trunks))
     return graph
 
