@@ -13,7 +13,7 @@ from .capture.add_bytecode import may_add
 from .capture.tape import Tape, record
 from .capture.trace import describe
 from .connections import Connection
-from .errors import NEVER_HIDDEN, HCTransformError, TraceError
+from .errors import NEVER_HIDDEN, OUT_OF_RESOURCES, HCTransformError, TraceError
 from .models.copies import clone_structure, compiled_from, in_other_mode
 from .models.selection import Hints
 from .options import Options
@@ -271,7 +271,7 @@ def _traced_run(converted: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str
         run_like(converted, args, kwargs)
     except BlockError as error:
         raise CannotConvert(error.block, str(error)) from error
-    except (MemoryError, RecursionError, torch.OutOfMemoryError):
+    except OUT_OF_RESOURCES:
         raise
     except Exception as error:
         raise CannotHandOn(describe(error)) from error

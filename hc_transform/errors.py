@@ -37,5 +37,6 @@ class UnknownDialect(UnsupportedModel):
     """A graph is written in operators that are not known, so that its residuals would not be seen."""
 
 
+OUT_OF_RESOURCES = (MemoryError, RecursionError, torch.OutOfMemoryError)
 # What is never taken for a property of the model, such as code that cannot be traced.
-NEVER_HIDDEN = (HCTransformError, MemoryError, RecursionError, torch.OutOfMemoryError)
+NEVER_HIDDEN = (HCTransformError, *OUT_OF_RESOURCES)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import error, moved
 from torch import Tensor, nn
 
 import hc_transform as hct
@@ -89,17 +90,6 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "learned readout": {"readout": "learned"},
     "stream embedding": {"stream_embedding": True},
 }
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """Move what is new off its start, alike in both scopes: by its place in the order of the report."""
-    names = [name for name, _ in model.named_parameters() if "hyper_connections" in name]
-    ends = sorted(name for name in names if "readout" in name or "expand" in name)
-    with torch.no_grad():
-        for place, name in [*enumerate(ends, 1000), *enumerate(sorted(set(names) - {*ends}))]:
-            p = model.get_parameter(name)
-            p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(place)))
-    return model
 
 
 @pytest.mark.parametrize("options", OPTIONS)
@@ -265,3 +255,43 @@ def test_trunks_within_and_around_each_other(scope: str) -> None:
     assert len(hc.hc_report.converted) == 8
     with torch.no_grad():
         torch.testing.assert_close(torch.as_tensor(hc(x)), model(x), rtol=1e-5, atol=1e-6)
+
+
+class Positioned(nn.Module):
+    """Each layer adds what the values were made of to its branch's input: a residual around all that came before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Linear(D, D)
+        self.layers = nn.ModuleList(PositionedLayer() for _ in range(3))
+
+    def forward(self, positions: Tensor) -> Tensor:
+        x = self.start(positions)
+        for layer in self.layers:
+            x = layer(x, positions)
+        return x
+
+
+class PositionedLayer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.value = nn.Linear(D, D), nn.Linear(D, D)
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        moved = positions + x
+        return x + torch.sigmoid(self.query(moved)) * self.value(x)
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_a_branch_reads_its_streams_through_a_residual_that_stays_plain(scope: str) -> None:
+    plan = hct.plan(Positioned(), (torch.randn(2, 4, D),), scope=scope)
+    adds = {r.name: any(node.name.startswith("add") for node in r.region) for r in plan.residuals}
+    assert adds == {"layers.0": False, "layers.0.value": False, "layers.1.value": True, "layers.2.value": True}
+    assert {r.name for r in plan.skipped} == {"layers.1", "layers.2"}  # around the others, and no streams
+
+
+def test_scopes_agree_where_such_a_residual_stays_plain() -> None:
+    model, x = Positioned(), torch.randn(2, 4, D)
+    graph, blocks = (hct.convert(model, (x,), scope=scope) for scope in ("graph", "blocks"))
+    blocks.load_state_dict(moved(graph).state_dict())
+    assert error(blocks(x), graph(x)) < 1e-5

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..errors import NEVER_HIDDEN
+from ..errors import OUT_OF_RESOURCES
 from ..graphs.dialects import first_alone, has_several_outputs, is_lifted, name_of, takes_first
 from ..graphs.guards import CHECKS
 from ..graphs.operations import (
@@ -162,7 +162,7 @@ class Kinds:
             with state_restored(copy):
                 inner = _symbolic(copy)
                 counts = any(version_of(buffer) != version for buffer, version in versions)
-        except NEVER_HIDDEN:
+        except OUT_OF_RESOURCES:
             raise
         except Exception:  # noqa: BLE001  # whatever code raises that is shown what it is not made for
             return Kind.MIX
@@ -181,7 +181,7 @@ def _symbolic(module: nn.Module) -> fx.GraphModule:
     """Return a graph of a small module; one that computes with shapes is shown a tensor."""
     try:
         return fx.symbolic_trace(module)
-    except NEVER_HIDDEN:
+    except OUT_OF_RESOURCES:
         raise
     except Exception:  # noqa: BLE001  # as above
         first = next(iter(inspect.signature(module.forward).parameters))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from ..streams.mixing import summed_products
 from .ancestry import Ancestry
 from .findings import Findings, Reason, Residual, Shortcut, Skipped
 from .naming import named
+from .nesting import apart_from
 from .spellings import ADDITIONS, SHIFTS, Sum, Term, flattened, sum_of
 
 Base = tuple[fx.Node, tuple[fx.Node, ...]]  # a value, and the operations from it to a skip
@@ -100,7 +101,7 @@ class _Finder:
                     skipped[other] = _skip(other, Reason.MERGED)
         kept = []
         for add, residual in residuals.items():
-            apart = _apart(residual, residuals)
+            apart = apart_from(residual, residuals)
             if apart is not None:
                 kept.append(apart)
             elif name_of(add).rstrip("_") in ADDITIONS:
@@ -306,34 +307,6 @@ def _entangled(base: fx.Node, skip: Term, branch: Sequence[Term]) -> bool:
     if base in nodes or skip.value in nodes or len(nodes) != len(set(nodes)):
         return True
     return any(s in nodes or s is skip.value or s is base for s in scales)
-
-
-def _apart(residual: Residual, residuals: Mapping[fx.Node, Residual]) -> Residual | None:
-    """Return a residual whose branch ends where another stream begins that only looks at its skip.
-
-    None if nothing is left of the branch: two values are mixed, of which one goes into the other through a stream.
-    Another stream that reads the skip and is read by the branch later takes a readout, as whoever is not of the branch.
-    """
-    inside = {residual.skip, *residual.region}
-    other = {n for n in residual.region if n in residuals and residuals[n].skip not in inside} - {residual.add}
-    if not other:
-        return residual
-    ends = [node for term in residual.branch for node in term.nodes if node in residual.region]
-    back = _reached(ends, lambda n: [m for m in n.all_input_nodes if m in residual.region and m not in other])
-    ahead = _reached([residual.skip], lambda n: [m for m in n.users if m in back])
-    return replace(residual, region=frozenset(ahead - {residual.skip})) if ahead.issuperset(ends) else None
-
-
-def _reached(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
-    """Return all nodes that ``step`` leads to, one after the other, from those of ``start``."""
-    found: set[fx.Node] = set()
-    waiting = list(start)
-    while waiting:
-        node = waiting.pop()
-        if node not in found:
-            found.add(node)
-            waiting += [n for n in step(node) if n not in found]
-    return found
 
 
 def _skip(add: fx.Node, reason: Reason, detail: str = "") -> Skipped:

@@ -49,10 +49,11 @@ class Residual:
         skip_ops: operations between ``skip`` and the add, in order.
         branch: the terms that are added to it; there are several in ``x + attn(x) + mlp(x)``.
         region: all nodes from ``skip`` (without it) to the branch outputs.
+        whole: the region before it was cut at another stream; empty if it was not.
         absorbed: the other nodes that are part of the sum.
         scaled_skip: the skip's term, with its factor.
         branch_first: whether the branch is the add's first operand, which gives the sum its memory format.
-        key: its name as an identifier, unique within its plan.
+        key: where its connection stands, unique within its plan.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Residual:
     absorbed: tuple[fx.Node, ...] = ()
     branch_first: bool = False
     key: str = ""
+    whole: frozenset[fx.Node] = frozenset()
 
 
 @dataclass(frozen=True)

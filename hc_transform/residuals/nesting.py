@@ -10,8 +10,8 @@ left with holes for parts of layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from dataclasses import dataclass, field, replace
 
 from torch import fx
 
@@ -210,3 +210,41 @@ def _verdicts(
             detail = f"the trunk of {trunk_of[rival][0].name} has {len(trunk_of[rival])}"
         skipped.append(as_skipped(residual, Reason.NESTED, detail))
     return skipped
+
+
+def apart_from(residual: Residual, residuals: Mapping[fx.Node, Residual]) -> Residual | None:
+    """Return a residual whose branch ends where another stream begins that only looks at its skip.
+
+    None if nothing is left of the branch: two values are mixed, of which one goes into the other through a stream.
+    Another stream that reads the skip and is read by the branch later takes a readout, as whoever is not of the branch.
+    """
+    residual = replace(residual, region=residual.whole or residual.region)
+    inside = {residual.skip, *residual.region}
+    other = {n for n in residual.region if n in residuals and residuals[n].skip not in inside} - {residual.add}
+    if not other:
+        return residual
+    ends = [node for term in residual.branch for node in term.nodes if node in residual.region]
+    back = _reached(ends, lambda n: [m for m in n.all_input_nodes if m in residual.region and m not in other])
+    ahead = _reached([residual.skip], lambda n: [m for m in n.users if m in back])
+    if not ahead.issuperset(ends):
+        return None
+    return replace(residual, region=frozenset(ahead - {residual.skip}), whole=residual.region)
+
+
+def _reached(start: Iterable[fx.Node], step: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """Return all nodes that ``step`` leads to, one after the other, from those of ``start``."""
+    found: set[fx.Node] = set()
+    waiting = list(start)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += [n for n in step(node) if n not in found]
+    return found
+
+
+def among(residuals: Iterable[Residual]) -> list[Residual]:
+    """Return residuals with their branches as they are beside each other: others that were found are no streams."""
+    residuals = list(residuals)
+    by_add = {r.add: r for r in residuals}
+    return [apart_from(r, by_add) or r for r in residuals]

@@ -17,7 +17,7 @@ from ..graphs.passes import logged_pass
 from ..options import Options
 from .findings import Findings, Reason, Residual, Skipped
 from .keys import with_keys
-from .nesting import without_nested
+from .nesting import among, without_nested
 from .passage import Passage, nonlinear_in
 from .report import Report, report_of
 from .trunks import Trunk, as_skipped, boundary_before, carried_by, group, split, with_reads_of_their_own
@@ -62,8 +62,9 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     shortcuts = findings.shortcuts if options.shortcuts == "carry" else ()
     passage = Passage(kinds, shortcuts)
     if options.nested == "largest":
-        active, nested = without_nested(active, passage)
+        active, nested = without_nested(among(active), passage)
         skipped += nested
+    active = among(active)
     active, shared = with_reads_of_their_own(active)
     skipped += shared
     active = with_keys(active)

@@ -18,7 +18,7 @@ from ..capture.configuration import configuration_of
 from ..capture.kinds import Kinds
 from ..capture.trace import bind_inputs, raise_own_error
 from ..capture.watch import unwatched
-from ..errors import DecisionChanged, HCTransformError, TraceError, UnsupportedModel
+from ..errors import OUT_OF_RESOURCES, DecisionChanged, HCTransformError, TraceError, UnsupportedModel
 from ..graphs.operations import is_tensor
 from ..models.copies import clone_structure
 from ..models.selection import Hints
@@ -154,7 +154,7 @@ class BlockRunner:
         try:
             with unwatched():  # the tracer watches the block's code itself; ours need not be
                 return self.trace(block, number, args, kwargs, change)
-        except (MemoryError, RecursionError, torch.OutOfMemoryError):
+        except OUT_OF_RESOURCES:
             raise
         except Exception as error:
             given: Any = read_out((args, kwargs))
