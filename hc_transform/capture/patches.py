@@ -138,10 +138,14 @@ def patched(tracer: Recorder) -> Iterator[None]:
     plain_setattr = nn.Module.__setattr__
 
     def get_attribute(module: nn.Module, name: str) -> Any:
-        value = object.__getattribute__(module, name)
-        if tracer.is_tracing() and not name.startswith("__"):
-            return tracer.attribute(module, name, value)
-        return value
+        looked_at = not name.startswith("__") and tracer.is_tracing()
+        try:
+            value = object.__getattribute__(module, name)
+        except AttributeError:
+            if not looked_at:
+                raise
+            value = tracer.found_otherwise(module, name)
+        return tracer.attribute(module, name, value) if looked_at else value
 
     def set_attribute(module: nn.Module, name: str, value: Any) -> None:
         if tracer.is_tracing():
@@ -163,6 +167,7 @@ def patched(tracer: Recorder) -> Iterator[None]:
             *_drawing(tracer),
             *_unbound(tracer),
             *_compiled(tracer),
+            *_cached(tracer),
             (nn.Module, "training", training),
             (nn.Module, "__setattr__", set_attribute),
             (nn.Module, "__getattribute__", get_attribute),
@@ -193,6 +198,30 @@ def _unbound(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
 
     for name in UNBOUND:
         yield torch.Tensor, name, method_of(name, getattr(torch.Tensor, name))
+
+
+def _cached(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is to stand for cached functions of the traced modules, whose caches no traced value is to enter."""
+
+    def uncached(function: Any) -> Any:
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            return (function.__wrapped__ if tracer.is_tracing() else function)(*args, **kwargs)
+
+        for name in ("cache_info", "cache_clear", "cache_parameters"):
+            setattr(called, name, getattr(function, name))
+        return called
+
+    classes = {cls for module in tracer.root.modules() for cls in type(module).__mro__ if cls is not nn.Module}
+    homes = {sys.modules.get(cls.__module__) for cls in classes if not cls.__module__.startswith("torch.nn.modules")}
+    for home in list(homes):  # and where their helper functions are
+        used = {getattr(value, "__module__", None) for value in vars(home).values() if callable(value)} if home else ()
+        package = home.__name__.partition(".")[0] if home else ""
+        homes |= {sys.modules.get(name) for name in used if name and name.partition(".")[0] == package}
+    for owner in (*classes, *(home for home in homes if home is not None)):
+        for name, value in list(vars(owner).items()):
+            if type(value) is functools._lru_cache_wrapper:
+                yield owner, name, uncached(value)
 
 
 def _compiled(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:

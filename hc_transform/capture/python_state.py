@@ -12,7 +12,7 @@ import operator
 import pickle
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +36,8 @@ class Read:
     Attributes:
         home: path of the module that holds it, or ``module:`` and the name of a Python module for a global.
         steps: how to come from there to the value.
-        expected: the value or function, :func:`frozen` of a container, :class:`Same`, or :class:`SameEntries`.
+        expected: the value or function, :func:`frozen` of a container, or one of the markers :class:`Same`,
+            :class:`SameEntries`, :class:`Absent`, :class:`Present`.
     """
 
     home: str
@@ -50,6 +51,14 @@ class Read:
 
 class Same:
     """Stands for an object that is to stay itself: a function, or one that holds settings."""
+
+
+class Absent:
+    """Stands for an attribute that is not there, as code that asks for it may find out later."""
+
+
+class Present:
+    """Stands for a parameter or buffer that is a tensor: code may ask whether it is None."""
 
 
 class SameEntries:
@@ -92,23 +101,33 @@ class PythonState:
         reads: what its code found.
         inlined: modules whose code is part of it; hooks and forwards set on them later would not be called.
         observed: those of them whose forward hooks the graph calls.
+        outdated: what has been replaced that the graph holds, so that it fits no call any more.
     """
 
     reads: tuple[Read, ...] = ()
     inlined: tuple[str, ...] = ()
     observed: frozenset[str] = frozenset()
+    outdated: str | None = None
     _bound: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        plain = tuple(read for read in self.reads if is_plain(read.expected))
+        plain = tuple(r for r in self.reads if r.expected is Absent or r.expected is Present or is_plain(r.expected))
         # For compiled code: raises DecisionChanged if a value is another one; what it reads becomes a guard.
         self.compiled = _checker(plain) if plain else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PythonState:
-        return PythonState(self.reads, self.inlined, self.observed)
+        return PythonState(self.reads, self.inlined, self.observed, self._outdated())
 
     def __reduce__(self) -> Any:
-        return PythonState, (tuple(r for r in self.reads if _picklable(r)), self.inlined, self.observed)
+        reads = tuple(r for r in self.reads if _picklable(r))
+        return PythonState, (reads, self.inlined, self.observed, self._outdated())
+
+    def _outdated(self) -> str | None:
+        """Return what was replaced since this was bound: a copy would take it for what was there while tracing."""
+        if self._bound is None or self.outdated is not None:
+            return self.outdated
+        _, _, _, structure, objects, lists = self._bound
+        return _replaced(structure, objects, lists)
 
     def bind(self, root: nn.Module) -> None:
         """Look up where the values stand, and remember the modules as they are."""
@@ -117,40 +136,52 @@ class PythonState:
 
     def change(self, root: nn.Module) -> str | None:
         """Return what is otherwise than it was, None if nothing is."""
+        if self.outdated is not None:
+            return self.outdated
         if self._bound is None or self._bound[0] is not root:
             self.bind(root)
-        _, places, slow, (modules, forwards, hooks), objects, lists = self._bound
+        _, places, slow, structure, objects, lists = self._bound
         for holder, key, expected, read in places:
             value = dict.get(holder, key, _MISSING)
             if value is not expected and (type(value) is not type(expected) or value != expected):
                 return _changed(read, value)
-        for holder, key, same, read in objects:
-            if dict.get(holder, key, _MISSING) is not same:
-                return f"{read} is another object than while tracing"
-        for find, entries, read in lists:
-            value = find()
-            if not isinstance(value, (list, tuple)) or len(value) != len(entries):
-                return f"{read} holds other entries than while tracing"
-            if any(map(operator.is_not, value, entries)):
-                return f"{read} holds other entries than while tracing"
         for find, expected, read in slow:
             found = find()
             value = found if found is expected else frozen(found)
+            if value is None and found is not None:
+                return f"{read} is another object than while tracing"
             if type(value) is not type(expected) or value != expected:
                 return _changed(read, value)
-        for holder, name, module, path in modules:
-            if holder.get(name) is not module:
-                return f"the module {path!r}, whose code is part of the graph, was replaced"
-        for module, forward, path in forwards:
-            if "forward" in module.__dict__ or type(module).forward is not forward:
-                return f"the forward of {path!r}, whose code is part of the graph, was replaced"
-        if any(hooks):
-            return "a hook was added to a module whose code is part of the graph"
-        return None
+        return _replaced(structure, objects, lists)
+
+
+def _replaced(structure: tuple[list[Any], ...], objects: list[Any], lists: list[Any]) -> str | None:
+    """Return which object, entry, module, forward or hook is another one than it was, None if none is."""
+    modules, forwards, hooks = structure
+    for holder, key, same, read in objects:
+        if dict.get(holder, key, _MISSING) is not same:
+            return f"{read} is another object than while tracing"
+    for find, entries, read in lists:
+        value = find()
+        if not isinstance(value, (list, tuple)) or len(value) != len(entries):
+            return f"{read} holds other entries than while tracing"
+        if any(map(operator.is_not, value, entries)):
+            return f"{read} holds other entries than while tracing"
+    for holder, name, module, path in modules:
+        if holder.get(name) is not module:
+            return f"the module {path!r}, whose code is part of the graph, was replaced"
+    for module, forward, path in forwards:
+        if "forward" in module.__dict__ or type(module).forward is not forward:
+            return f"the forward of {path!r}, whose code is part of the graph, was replaced"
+    if any(hooks):
+        return "a hook was added to a module whose code is part of the graph"
+    return None
 
 
 def _changed(read: Read, value: Any) -> str:
     now = "gone" if value is _MISSING else repr(value.entries if isinstance(value, Frozen) else value)
+    if read.expected is Absent or read.expected is Present:
+        return f"{read} is {'there' if read.expected is Absent else 'no tensor'} now, as it was not while tracing"
     was = read.expected.entries if isinstance(read.expected, Frozen) else read.expected
     return f"{read} was {was!r} while tracing and is {now} now"
 
@@ -166,6 +197,12 @@ def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any
     objects: list[Any] = []
     lists: list[Any] = []
     for read in reads:
+        if read.expected is Absent:
+            slow.append((functools.partial(_find, read, root), _MISSING, read))
+            continue
+        if read.expected is Present:
+            slow.append((functools.partial(_is_tensor, read.steps[-1][1], _dictionary_of(read, root)), True, read))
+            continue
         holder, key = _holder(read, root), read.steps[-1][1]
         if read.expected is SameEntries:
             found = _find(read, root)
@@ -207,6 +244,16 @@ def _find(read: Read, root: nn.Module) -> Any:
         return _follow(_home(read.home, root), read.steps)
     except (AttributeError, KeyError, IndexError, TypeError):
         return _MISSING
+
+
+def _dictionary_of(read: Read, root: nn.Module) -> dict[str, Any]:
+    """Return which of a module's dictionaries holds a tensor."""
+    module, name = _home(read.home, root), read.steps[-1][1]
+    return next((d for d in (module._parameters, module._buffers, module.__dict__) if name in d), {})
+
+
+def _is_tensor(name: str, holder: dict[str, Any]) -> bool:
+    return holder.get(name) is not None
 
 
 def _home(home: str, root: nn.Module) -> Any:
@@ -261,6 +308,13 @@ def _checker(reads: tuple[Read, ...]) -> Callable[[nn.Module], None]:
             expected = f"constant_{len(namespace)}"
             namespace[expected] = read.expected
         if read.expected != read.expected or text is None:
+            continue
+        if read.expected is Absent:
+            owner, name = _expression(replace(read, steps=read.steps[:-1]), namespace), read.steps[-1][1]
+            lines.append(f"    if hasattr({owner}, {name!r}): raise DecisionChanged('{read} is there now')")
+            continue
+        if read.expected is Present:
+            lines.append(f"    if {text} is None: raise DecisionChanged('{read} is None now')")
             continue
         message = f"{read} was {read.expected!r} while tracing and is something else now. {HINT}"
         test = f"{text} is not None" if read.expected is None else f"{text} != {expected}"

@@ -56,6 +56,9 @@ class Recorder(Protocol):
     def attribute(self, module: nn.Module, name: str, value: Any) -> Any:
         """Return an attribute of a module as traced code is to see it."""
 
+    def found_otherwise(self, module: nn.Module, name: str) -> Any:
+        """Return an attribute that a module's ``__getattr__`` gives, and note if there is none."""
+
     def training_flag(self, module: nn.Module) -> Any:
         """Return a module's mode as traced code is to see it."""
 

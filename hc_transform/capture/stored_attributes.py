@@ -19,6 +19,11 @@ def assign(attributes: dict[str, Any], name: str, value: Any) -> None:
     attributes[name] = value
 
 
+def read_stored(module: nn.Module, name: str) -> Any:
+    """Return what ``module`` has stored in an attribute while it ran."""
+    return getattr(module, name)
+
+
 def show_plain_tensors(work: nn.Module, inlined: frozenset[str]) -> None:
     """Make tensors that modules hold as plain attributes buffers of ``work``, so that a trace sees them read."""
     for path, module in work.named_modules():

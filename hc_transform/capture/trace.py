@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import traceback
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..threads import uncompiled
 from .add_bytecode import candidates, with_parents
 from .passed_inputs import loosen
 from .proxy import UNKNOWN, AsksForGradients, CannotInline
-from .python_state import PythonState
+from .python_state import Present, PythonState, Read
 from .stored_attributes import record_assignments, show_plain_tensors
 from .tracer import ValueTracer
 
@@ -166,9 +167,20 @@ def trace(
     keep_plain_tensors(graph_module, work)
     graph.lint()
     calls = {path: call for path, call in tracer.calls.items() if call is not None}
-    state = PythonState(tracer.watch.guards(), tuple(sorted(inlined | tracer.inlined_within)), observed)
+    reads = (*tracer.watch.guards(), *_tensors_read(graph, model))
+    state = PythonState(reads, tuple(sorted(inlined | tracer.inlined_within)), observed)
     deciders = frozenset(tracer.deciders)
     return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None, state, deciders)
+
+
+def _tensors_read(graph: fx.Graph, model: nn.Module) -> Iterator[Read]:
+    """Yield a guard on each parameter and buffer of ``model`` that the graph reads: that it is there."""
+    seen = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "get_attr")
+    for path, _, name in (target.rpartition(".") for target in seen):
+        with contextlib.suppress(AttributeError):  # within what a graph made
+            module = model.get_submodule(path)
+            if any(isinstance(held.get(name), torch.Tensor) for held in (module._parameters, module._buffers)):
+                yield Read(path, (("attribute", name),), Present)
 
 
 def raise_own_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

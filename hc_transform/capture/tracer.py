@@ -8,6 +8,7 @@ operations rebind the proxies of the memory they change; custom autograd functio
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import functools
@@ -36,7 +37,7 @@ from ..graphs.shape_reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, reads_values
 from ..graphs.source_lines import short_name, user_frame, user_lines
 from ..models.copies import compiled_from, copy_inputs, has_hooks, stands_elsewhere
 from ..models.draws import Draw, draw_of, drawing_functions, host_states, is_number
-from ..models.state import is_generator
+from ..models.state import is_generator, is_state
 from ..streams.hook_readouts import call_hooks
 from ..streams.in_place import version_of
 from .patches import patched
@@ -51,6 +52,8 @@ from .proxy import (
     ValueProxy,
     is_compiled,
 )
+from .python_state import Absent
+from .stored_attributes import read_stored
 from .watch import Watch, unwatched
 
 
@@ -118,6 +121,8 @@ class ValueTracer(fx.Tracer):
         self._aliases = Aliases()
         self._lasting: dict[int, bool] = {}  # memory of inputs, and of what modules hold: whether it is an input's
         self._objects: dict[int, tuple[Any, fx.Node]] = {}
+        self._tensors: dict[str, ValueProxy] = {}  # parameters and buffers, by their paths
+        self._stored: set[tuple[int, str]] = set()  # attributes that modules which stay whole have set in this call
         self._context = _context_state()
         self._thread = threading.get_ident()
         self._host = host_states()
@@ -293,11 +298,42 @@ class ValueTracer(fx.Tracer):
             if ("generator", target) not in self._known:
                 self._known["generator", target] = self._proxy_of(self.create_node("get_attr", target, (), {}), value)
             return self._known["generator", target]
+        if path is not None and (id(module), name) in self._stored:
+            return self._read_stored(path, name, value)
         draw = None if isinstance(value, nn.Module) else draw_of(value, self.drawing_functions)
         if draw is not None:
             return self.drawing(draw, value)
         self.watch.read(module, name, value)
+        if type(value) is functools._lru_cache_wrapper:
+            return value.__wrapped__  # no traced value is to enter its cache
         return self.kept_whole(value) if is_compiled(value) else value
+
+    def found_otherwise(self, module: nn.Module, name: str) -> Any:
+        """Return what a module's ``__getattr__`` gives: a tensor, a module, or what the user's own does."""
+        cls: Any = type(module)
+        path = (self.submodule_paths or {}).get(module)
+        held = module._parameters.get(name, module._buffers.get(name))
+        if path is not None and isinstance(held, torch.Tensor) and type(held) is not ValueProxy:
+            if not any("__getattr__" in vars(c) for c in cls.__mro__ if c is not nn.Module):
+                target = f"{path}.{name}" if path else name  # its own name, which another tensor may be given later
+                if target not in self._tensors:
+                    self._tensors[target] = self.create_proxy("get_attr", target, (), {})
+                return self._tensors[target]
+        try:
+            return cls.__getattr__(module, name)
+        except AttributeError:
+            self.watch.read(module, name, Absent)
+            raise
+
+    def _read_stored(self, path: str, name: str, value: Any) -> Any:
+        """Return what a module that stays whole stored in an attribute in this call, such as a loss of its own."""
+        if not isinstance(value, torch.Tensor):
+            reason = (
+                f"its code reads {name!r}, which {path or 'the root'}, a module that stays whole, sets in each call"
+            )
+            raise CannotInline(self._paths[-1], reason)
+        module = self.create_node("get_attr", path, (), {})
+        return self._proxy_of(self.create_node("call_function", read_stored, (module, name), {}), value)
 
     def kept_whole(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return what traced code is to call in place of a function that a graph calls as it is."""
@@ -472,8 +508,12 @@ class ValueTracer(fx.Tracer):
         """Call a module that stays whole; what its code changes beside itself is put back after the trace."""
         if type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential):
             return module(*args, **kwargs)
+        before = _attributes_of(module)
         with self.watch.shared.profiled():
-            return module(*args, **kwargs)
+            output = module(*args, **kwargs)
+        after = _attributes_of(module)
+        self._stored.update(key for key, held in after.items() if not _same(held, before.get(key)))
+        return output
 
     # -- modules
 
@@ -581,6 +621,20 @@ def _say_that_fx_traces(value: bool) -> bool:
     before = home._get_is_fx_tracing()
     home._set_is_fx_tracing(value)
     return bool(before)
+
+
+def _attributes_of(module: nn.Module) -> dict[tuple[int, str], tuple[Any, ...]]:
+    """Return the user's attributes of a module and those in it, each with the entries that it holds."""
+    return {
+        (id(part), name): (value, *(value if isinstance(value, (list, tuple, collections.deque)) else ()))
+        for part in module.modules()
+        for name, value in part.__dict__.items()
+        if is_state(name)
+    }
+
+
+def _same(one: tuple[Any, ...], other: tuple[Any, ...] | None) -> bool:
+    return other is not None and len(one) == len(other) and not any(map(operator.is_not, one, other))
 
 
 def _may_draw(kind: str, target: Any, args: Any) -> bool:

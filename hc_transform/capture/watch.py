@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from ..graphs.source_lines import INTERNAL_FILES
 from ..models.state import CONTAINERS, Contents, is_generator, is_state, state_of
-from .python_state import LONGEST, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
+from .python_state import LONGEST, Absent, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
 
 Key = tuple[str, str]  # (path of a module, name of an attribute)
 DEEPEST = 3  # objects within objects whose fields are looked at
@@ -101,6 +101,9 @@ class Watch:
             if not _is_library(value.__module__) and not issubclass(value, (nn.Module, BaseException)):
                 yield from self._named_in(home, steps, vars(value), "attribute", depth)
             return
+        if value is Absent:
+            yield Read(home, steps, Absent)
+            return
         expected = frozen(value)
         if is_plain(value):
             yield Read(home, steps, expected)
@@ -121,6 +124,9 @@ class Watch:
             yield Read(home, steps, expected)
             return
         yield Read(home, steps, value if isinstance(value, FUNCTIONS) else Same)
+        if depth < DEEPEST:
+            for further, held in _held_by(value):
+                yield from self._guards_of(home, (*steps, *further), held, depth + 1)
         fields = getattr(value, "__dict__", None)
         if isinstance(fields, dict) and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
             yield from self._named_in(home, steps, fields, "attribute", depth)
@@ -142,6 +148,22 @@ class Watch:
             for name in sorted(self.names.intersection(fields)):
                 if not name.startswith("__") and not isinstance(fields[name], FUNCTIONS):
                     yield from self._guards_of(home, (*steps, (how, name)), fields[name], depth + 1)
+
+
+def _held_by(value: Any) -> Iterator[tuple[tuple[Step, ...], Any]]:
+    """Yield what a method, a partial function or a closure holds beside its code, and how to come there."""
+    if isinstance(value, types.MethodType):
+        yield (("attribute", "__self__"),), value.__self__
+    elif isinstance(value, functools.partial):
+        for name in ("func", "args", "keywords"):
+            yield (("attribute", name),), getattr(value, name)
+    elif isinstance(value, types.FunctionType):
+        for place, cell in enumerate(value.__closure__ or ()):
+            with contextlib.suppress(ValueError):  # an empty one
+                yield (
+                    (("attribute", "__closure__"), ("entry", place), ("attribute", "cell_contents")),
+                    cell.cell_contents,
+                )
 
 
 class SharedState:

@@ -8,6 +8,7 @@ import functools
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from ..models.selection import Hints
 from ..models.state import is_state, state_restored
 from ..options import Options
 from ..residuals.analysis import Analysis, analyse_again, log_left_out
-from ..residuals.keys import add_modules, taken_out
+from ..residuals.identity import Identity
+from ..residuals.keys import add_modules, added_modules, taken_out
 from ..residuals.planner import with_keys_of
 from ..residuals.report import Report
 from ..rewriting.rewrite import rewritten_graph
@@ -209,7 +211,7 @@ class HyperConnectedModule(fx.GraphModule):
                 self._options,
                 self._hints,
                 self._inlined,
-                self._known,
+                self._still_known(),
                 change,
                 frozenset(path for path in self._inlined if path and _has_forward_hooks(original, path)),
             )
@@ -222,6 +224,14 @@ class HyperConnectedModule(fx.GraphModule):
         self._variants.append(variant)
         self._chosen.clear()
         return variant
+
+    def _still_known(self) -> tuple[Identity, ...]:
+        """Return what residuals are known by; one whose connection went with a module that was replaced is plain."""
+        there = added_modules(self)
+        gone = {k for k in self._known if k.name is not None and self._keys[k.name] not in there}
+        for identity in gone:
+            log.warning("%s stays plain: the module that held its connection was replaced", identity.name)
+        return tuple(replace(k, name=None) if k in gone else k for k in self._known)
 
     @contextlib.contextmanager
     def _as_it_was(self) -> Iterator[nn.Module]:
