@@ -204,6 +204,7 @@ class HyperConnectedModule(fx.GraphModule):
         Raises:
             TraceError: the model has other residuals for these inputs, or cannot be traced.
         """
+        known = self._still_known()
         with self._as_it_was() as original, state_restored(original):
             analysis = analyse_again(
                 original,
@@ -211,7 +212,7 @@ class HyperConnectedModule(fx.GraphModule):
                 self._options,
                 self._hints,
                 self._inlined,
-                self._still_known(),
+                known,
                 change,
                 frozenset(path for path in self._inlined if path and _has_forward_hooks(original, path)),
             )
