@@ -168,6 +168,7 @@ def patched(tracer: Recorder) -> Iterator[None]:
             *_unbound(tracer),
             *_compiled(tracer),
             *_cached(tracer),
+            *_asked_of_torch(tracer),
             (nn.Module, "training", training),
             (nn.Module, "__setattr__", set_attribute),
             (nn.Module, "__getattribute__", get_attribute),
@@ -198,6 +199,34 @@ def _unbound(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
 
     for name in UNBOUND:
         yield torch.Tensor, name, method_of(name, getattr(torch.Tensor, name))
+
+
+# What code may ask about the state of torch, which a graph asks anew on every call.
+QUESTIONS = (
+    "is_autocast_enabled get_autocast_dtype is_autocast_cpu_enabled get_autocast_gpu_dtype get_autocast_cpu_dtype "
+    "get_default_dtype are_deterministic_algorithms_enabled is_deterministic_algorithms_warn_only_enabled "
+    "is_inference_mode_enabled"
+).split()
+
+
+def _asked_of_torch(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what records a question about the state of torch; torch's own code gets the answer."""
+
+    def recorded(name: str, plain: Any) -> Any:
+        @functools.wraps(plain)
+        def ask(*args: Any, **kwargs: Any) -> Any:
+            by_torch = str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "hc_transform."))
+            if by_torch or not tracer.is_tracing():
+                return plain(*args, **kwargs)
+            if name == "is_inference_mode_enabled":
+                return tracer.inference_mode_flag()
+            return tracer.create_proxy("call_function", plain, args, kwargs)
+
+        return ask
+
+    for name in QUESTIONS:
+        if hasattr(torch, name):
+            yield torch, name, recorded(name, getattr(torch, name))
 
 
 def _cached(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:

@@ -6,6 +6,7 @@ look into a dictionary, and in compiled code becomes one of the compiler's own g
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
 import operator
@@ -22,7 +23,8 @@ from ..errors import DecisionChanged
 from ..graphs.guards import HINT
 
 CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
-LONGEST = 64  # containers with more entries are known by their length
+LONGEST = 64  # containers of containers with more entries are known by their length
+LONGEST_PLAIN = 4096  # and those of constants
 _MISSING = object()
 _HOOKS = ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -61,6 +63,13 @@ class Present:
     """Stands for a parameter or buffer that is a tensor: code may ask whether it is None."""
 
 
+@dataclass(frozen=True)
+class Count:
+    """Stands for how many modules a container holds that traced code went through."""
+
+    number: int
+
+
 class SameEntries:
     """Stands for a list whose entries are to stay themselves: modules, or objects that hold settings."""
 
@@ -78,19 +87,40 @@ def is_plain(value: Any) -> bool:
     return value is None or isinstance(value, (*CONSTANTS, enum.Enum))
 
 
+def _is_compiled(expected: Any) -> bool:
+    """Whether compiled code checks it too; what else it reads the compiler guards itself."""
+    return expected is Absent or expected is Present or type(expected) is Count or is_plain(expected)
+
+
 def frozen(value: Any) -> Any:
     """Return what is to be compared of a value: itself, a :class:`Frozen` container, or None where nothing is."""
     if is_plain(value):
         return value
-    if isinstance(value, (list, tuple, set, frozenset)):
-        if len(value) <= LONGEST:
+    if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+        if len(value) <= LONGEST or len(value) <= LONGEST_PLAIN and all(map(is_plain, value)):
             entries = [frozen(v) for v in value]
             if all(e is not None or v is None for e, v in zip(entries, value, strict=True)):
                 return Frozen(type(value), frozenset(entries) if isinstance(value, (set, frozenset)) else (*entries,))
         return Frozen(type(value), len(value))
     if isinstance(value, dict):
         return Frozen(type(value), len(value))
+    if type(value).__module__ == "numpy" and not callable(value) and hasattr(value, "tobytes"):
+        small = value.size <= LONGEST_PLAIN and not value.dtype.hasobject
+        return Frozen(type(value), (value.shape, str(value.dtype), value.tobytes()) if small else value.shape)
     return None
+
+
+def _as_it_was(found: Any, expected: Any) -> bool:
+    """Whether a value is what was expected, by identity or, of a list of constants, at the speed of a comparison."""
+    if found is expected:
+        return True
+    kind: Any = type(found)
+    if type(expected) is Frozen and kind is expected.kind and kind in (list, tuple):
+        try:
+            return bool(found == kind(expected.entries))
+        except (RuntimeError, ValueError, TypeError):  # tensors and arrays do not say whether they are equal
+            return False
+    return False
 
 
 @dataclass
@@ -111,7 +141,7 @@ class PythonState:
     _bound: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        plain = tuple(r for r in self.reads if r.expected is Absent or r.expected is Present or is_plain(r.expected))
+        plain = tuple(r for r in self.reads if _is_compiled(r.expected))
         # For compiled code: raises DecisionChanged if a value is another one; what it reads becomes a guard.
         self.compiled = _checker(plain) if plain else None
 
@@ -147,7 +177,9 @@ class PythonState:
                 return _changed(read, value)
         for find, expected, read in slow:
             found = find()
-            value = found if found is expected else frozen(found)
+            if _as_it_was(found, expected):
+                continue
+            value = frozen(found)
             if value is None and found is not None:
                 return f"{read} is another object than while tracing"
             if type(value) is not type(expected) or value != expected:
@@ -200,6 +232,9 @@ def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any
         if read.expected is Absent:
             slow.append((functools.partial(_find, read, root), _MISSING, read))
             continue
+        if type(read.expected) is Count:
+            slow.append((functools.partial(_length_of, read.home, root), read.expected.number, read))
+            continue
         if read.expected is Present:
             slow.append((functools.partial(_is_tensor, read.steps[-1][1], _dictionary_of(read, root)), True, read))
             continue
@@ -250,6 +285,13 @@ def _dictionary_of(read: Read, root: nn.Module) -> dict[str, Any]:
     """Return which of a module's dictionaries holds a tensor."""
     module, name = _home(read.home, root), read.steps[-1][1]
     return next((d for d in (module._parameters, module._buffers, module.__dict__) if name in d), {})
+
+
+def _length_of(path: str, root: nn.Module) -> int | None:
+    try:
+        return len(root.get_submodule(path)._modules)
+    except AttributeError:
+        return None
 
 
 def _is_tensor(name: str, holder: dict[str, Any]) -> bool:
@@ -312,6 +354,12 @@ def _checker(reads: tuple[Read, ...]) -> Callable[[nn.Module], None]:
         if read.expected is Absent:
             owner, name = _expression(replace(read, steps=read.steps[:-1]), namespace), read.steps[-1][1]
             lines.append(f"    if hasattr({owner}, {name!r}): raise DecisionChanged('{read} is there now')")
+            continue
+        if type(read.expected) is Count:
+            container = _expression(replace(read, steps=()), namespace)
+            lines.append(
+                f"    if len({container}) != {read.expected.number}: raise DecisionChanged('{read} was changed')"
+            )
             continue
         if read.expected is Present:
             lines.append(f"    if {text} is None: raise DecisionChanged('{read} is None now')")

@@ -65,6 +65,9 @@ class Recorder(Protocol):
     def grad_mode_flag(self) -> Any:
         """Return whether gradients are enabled, asked anew on every call."""
 
+    def inference_mode_flag(self) -> Any:
+        """Return whether the call is in inference mode, asked anew on every call."""
+
     def needs_gradients(self) -> None:
         """Start anew with gradients if this trace has none."""
 

@@ -29,7 +29,7 @@ from ..threads import uncompiled
 from .add_bytecode import candidates, with_parents
 from .passed_inputs import loosen
 from .proxy import UNKNOWN, AsksForGradients, CannotInline
-from .python_state import Present, PythonState, Read
+from .python_state import Count, Present, PythonState, Read
 from .stored_attributes import record_assignments, show_plain_tensors
 from .tracer import ValueTracer
 
@@ -112,6 +112,7 @@ def trace(
         if path and path in wanted and not probing and (reason := _must_stay_leaf(module, path in observed)):
             opaque[path] = reason
     grad_mode, gradients = torch.is_grad_enabled(), False
+    inference_mode = torch.is_inference_mode_enabled()
     while True:
         leaves = tuple(opaque)
         inlined = frozenset(path for path in wanted if not any(path == o or path.startswith(o + ".") for o in leaves))
@@ -133,6 +134,7 @@ def trace(
                     observed=observed,
                     merges_inputs=loose,
                     grad_mode=grad_mode,
+                    inference_mode=inference_mode,
                     gradients=gradients,
                 )
                 tracer.calls.update(dict.fromkeys(opaque))
@@ -167,7 +169,7 @@ def trace(
     keep_plain_tensors(graph_module, work)
     graph.lint()
     calls = {path: call for path, call in tracer.calls.items() if call is not None}
-    reads = (*tracer.watch.guards(), *_tensors_read(graph, model))
+    reads = (*tracer.watch.guards(), *_tensors_read(graph, model), *_containers(inlined, model))
     state = PythonState(reads, tuple(sorted(inlined | tracer.inlined_within)), observed)
     deciders = frozenset(tracer.deciders)
     return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None, state, deciders)
@@ -181,6 +183,21 @@ def _tensors_read(graph: fx.Graph, model: nn.Module) -> Iterator[Read]:
             module = model.get_submodule(path)
             if any(isinstance(held.get(name), torch.Tensor) for held in (module._parameters, module._buffers)):
                 yield Read(path, (("attribute", name),), Present)
+
+
+def _containers(inlined: frozenset[str], model: nn.Module) -> Iterator[Read]:
+    """Yield a guard on the number of modules in each container that the traced code may go through."""
+    for path in inlined:
+        try:
+            held = model.get_submodule(path)
+        except AttributeError:  # within what a graph made
+            continue
+        for name, module in held._modules.items():
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                at = f"{path}.{name}" if path else name
+                yield Read(at, (("attribute", "_modules"),), Count(len(module._modules)))
+        if path and isinstance(held, nn.Sequential):
+            yield Read(path, (("attribute", "_modules"),), Count(len(held._modules)))
 
 
 def raise_own_error(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -215,6 +232,7 @@ def _loosened(
             script=list(tracer.evaluated),
             merges_inputs=True,
             grad_mode=tracer.grad_mode,
+            inference_mode=tracer.inference_mode,
             gradients=tracer.gradients,
         )
         restore = saved_state(copied)

@@ -69,6 +69,7 @@ class ValueTracer(fx.Tracer):
         loose: inputs that become proxies without a check though they are constants.
         observed: modules that are traced into and have forward hooks, which the graph calls.
         grad_mode: whether gradients are enabled in the call that is traced.
+        inference_mode: whether that call is in inference mode.
         gradients: compute the example values with gradients, as that call does.
         script: what an earlier trace evaluated; its values are taken again, in order.
 
@@ -91,6 +92,7 @@ class ValueTracer(fx.Tracer):
         script: list[tuple[Any, ...]] | None = None,
         merges_inputs: bool = False,
         grad_mode: bool = True,
+        inference_mode: bool = False,
         gradients: bool = False,
     ) -> None:
         super().__init__(
@@ -104,6 +106,7 @@ class ValueTracer(fx.Tracer):
         self.merges_inputs = merges_inputs
         self.observed = observed
         self.grad_mode = grad_mode
+        self.inference_mode = inference_mode
         self.gradients = gradients and grad_mode
         self.evaluated: list[tuple[Any, ...]] = []
         self._script = None if script is None else iter(script)
@@ -307,6 +310,11 @@ class ValueTracer(fx.Tracer):
         if type(value) is functools._lru_cache_wrapper:
             return value.__wrapped__  # no traced value is to enter its cache
         return self.kept_whole(value) if is_compiled(value) else value
+
+    def inference_mode_flag(self) -> ValueProxy:
+        """Return a proxy for ``torch.is_inference_mode_enabled()``: what is traced is in none itself."""
+        node = self.create_node("call_function", torch._C.is_inference_mode_enabled, (), {})
+        return self._proxy_of(node, self.inference_mode)
 
     def found_otherwise(self, module: nn.Module, name: str) -> Any:
         """Return what a module's ``__getattr__`` gives: a tensor, a module, or what the user's own does."""

@@ -13,7 +13,7 @@ import gc
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ from ..models.state import CONTAINERS, Contents, is_generator, is_state, state_o
 from .python_state import LONGEST, Absent, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
 
 Key = tuple[str, str]  # (path of a module, name of an attribute)
-DEEPEST = 3  # objects within objects whose fields are looked at
+DEEPEST = 3  # objects within objects that are compared
+DEEPEST_READ = 6  # and whose fields traced code may read
+LARGEST = 1000  # entries of a dictionary that are looked at
 LIBRARIES = frozenset({"torch", "numpy", "einops", "builtins", "hc_transform", *sys.stdlib_module_names})
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 
@@ -88,6 +90,9 @@ class Watch:
         return tuple(found.values())
 
     def _guards_of(self, home: str, steps: tuple[Step, ...], value: Any, depth: int) -> Iterator[Read]:
+        if value is Absent:
+            yield Read(home, steps, Absent)
+            return
         if isinstance(value, nn.Module):
             yield from self._guards_of_module(home, steps, value)
             return
@@ -101,36 +106,36 @@ class Watch:
             if not _is_library(value.__module__) and not issubclass(value, (nn.Module, BaseException)):
                 yield from self._named_in(home, steps, vars(value), "attribute", depth)
             return
-        if value is Absent:
-            yield Read(home, steps, Absent)
-            return
         expected = frozen(value)
         if is_plain(value):
             yield Read(home, steps, expected)
             return
         if isinstance(value, dict):
             yield Read(home, steps, expected)
-            if depth < DEEPEST and len(value) <= 64:
+            if depth < DEEPEST_READ and len(value) <= LARGEST:
                 for key, entry in dict.items(value):
                     if isinstance(key, (str, int)) and (is_plain(entry) or not isinstance(entry, FUNCTIONS)):
                         yield from self._guards_of(home, (*steps, ("entry", key)), entry, depth + 1)
             return
         if isinstance(value, (list, tuple)) and expected == Frozen(type(value), len(value)) and len(value) <= LONGEST:
             yield Read(home, steps, SameEntries)
-            for place, entry in enumerate(value) if depth < DEEPEST else ():
+            for place, entry in enumerate(value) if depth < DEEPEST_READ else ():
                 yield from self._guards_of(home, (*steps, ("entry", place)), entry, depth + 1)
             return
         if expected is not None:
             yield Read(home, steps, expected)
             return
         yield Read(home, steps, value if isinstance(value, FUNCTIONS) else Same)
-        if depth < DEEPEST:
+        if depth < DEEPEST_READ:
             for further, held in _held_by(value):
                 yield from self._guards_of(home, (*steps, *further), held, depth + 1)
-        fields = getattr(value, "__dict__", None)
-        if isinstance(fields, dict) and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
+        fields = _fields_of(value)
+        if fields is not None and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
             yield from self._named_in(home, steps, fields, "attribute", depth)
             cls: Any = type(value)
+            if not hasattr(cls, "__getattr__") and depth < DEEPEST_READ:
+                for name in sorted(n for n in self.shared.asked if n not in fields and not hasattr(cls, n)):
+                    yield Read(home, (*steps, ("attribute", name)), Absent)
             of_class = {n: getattr(value, n) for n in self.names if _is_setting(cls, n) and n not in fields}
             yield from self._named_in(home, steps, of_class, "attribute", depth)
 
@@ -144,10 +149,23 @@ class Watch:
                     yield Read(home, (*steps, ("attribute", name)), value)
 
     def _named_in(self, home: str, steps: tuple[Step, ...], fields: Any, how: str, depth: int) -> Iterator[Read]:
-        if depth < DEEPEST:
+        if depth < DEEPEST_READ:
             for name in sorted(self.names.intersection(fields)):
                 if not name.startswith("__") and not isinstance(fields[name], FUNCTIONS):
                     yield from self._guards_of(home, (*steps, (how, name)), fields[name], depth + 1)
+
+
+def _fields_of(value: Any) -> dict[str, Any] | None:
+    """Return the attributes of an object, those in slots too; None if it has none."""
+    fields = getattr(value, "__dict__", None)
+    slots = [n for cls in type(value).__mro__ for n in _names_in(vars(cls).get("__slots__", ())) if hasattr(value, n)]
+    if not isinstance(fields, dict) and not slots:
+        return None
+    return {**(fields if isinstance(fields, dict) else {}), **{name: getattr(value, name) for name in slots}}
+
+
+def _names_in(slots: Any) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
 
 
 def _held_by(value: Any) -> Iterator[tuple[tuple[Step, ...], Any]]:
@@ -179,6 +197,7 @@ class SharedState:
         self.is_on = is_on
         self.where = where
         self.names: set[str] = set()  # that the code mentions
+        self.asked: set[str] = set()  # those that it mentions as strings
         self.seen: dict[tuple[int, str], _Shared] = {}
         self._codes: dict[int, types.CodeType] = {}  # that ran, by their ids
         self._counted: set[int] = set()  # ids of those that count
@@ -217,7 +236,9 @@ class SharedState:
             return
         space, where = frame.f_globals, self.where() if counts else None
         if counts:
-            self.names.update(code.co_names)
+            asked = [c for c in code.co_consts if type(c) is str and c.isidentifier()]
+            self.asked.update(asked)  # getattr(x, "name", default)
+            self.names.update(code.co_names, asked)
         for name in code.co_names:
             if name in space and not name.startswith("__"):
                 shared = self.seen.get((id(space), name))

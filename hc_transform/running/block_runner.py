@@ -67,7 +67,7 @@ class BlockRunner:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockRunner:
         new = copy.copy(self)
-        new.variants = {key: list(variants) for key, variants in self.variants.items()}
+        new.variants = {key: [v.twin() for v in variants] for key, variants in self.variants.items()}
         return new
 
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
