@@ -15,7 +15,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
-from ..graphs.operations import FACTORIES, is_constant
+from ..graphs.operations import FACTORIES, QUESTIONS, is_constant
 from ..threads import replaced
 from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
 from .recorder import Recorder
@@ -199,14 +199,6 @@ def _unbound(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
 
     for name in UNBOUND:
         yield torch.Tensor, name, method_of(name, getattr(torch.Tensor, name))
-
-
-# What code may ask about the state of torch, which a graph asks anew on every call.
-QUESTIONS = (
-    "is_autocast_enabled get_autocast_dtype is_autocast_cpu_enabled get_autocast_gpu_dtype get_autocast_cpu_dtype "
-    "get_default_dtype are_deterministic_algorithms_enabled is_deterministic_algorithms_warn_only_enabled "
-    "is_inference_mode_enabled"
-).split()
 
 
 def _asked_of_torch(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:

@@ -68,6 +68,15 @@ FACTORIES = frozenset(
 )
 
 
+# What code may ask about the state of torch, which a graph asks anew on every call.
+QUESTIONS = (
+    "is_autocast_enabled get_autocast_dtype is_autocast_cpu_enabled get_autocast_gpu_dtype get_autocast_cpu_dtype "
+    "get_default_dtype are_deterministic_algorithms_enabled is_deterministic_algorithms_warn_only_enabled "
+    "is_inference_mode_enabled"
+).split()
+ASKED = frozenset({torch._C.is_inference_mode_enabled, *(getattr(torch, n) for n in QUESTIONS if hasattr(torch, n))})
+
+
 def set_item(x: Any, index: Any, value: Any) -> Any:
     """Assign ``x[index] = value`` and return ``x``, so that a graph sees where ``x`` comes from."""
     x[index] = value

@@ -188,7 +188,7 @@ class HyperConnectedModule(fx.GraphModule):
         needs = [variant.needs for variant in self._all_variants()]
         leaves, structure = pytree.tree_flatten((args, kwargs))
         kinds = tuple(map(_kind_of_input, leaves))
-        if None in kinds or any(need.values for need in needs):
+        if None in kinds or any(need.values or need.asks for need in needs):
             return None
         flags = tuple(operator.attrgetter(flag)(self) for need in needs for flag in need.flags)
         return structure, kinds, flags, torch.is_grad_enabled()

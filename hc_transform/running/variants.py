@@ -16,6 +16,7 @@ from ..errors import DecisionChanged
 from ..graphs import meta
 from ..graphs.graph_code import shared_function_of
 from ..graphs.guards import CHECKS, HINT
+from ..graphs.operations import ASKED
 from ..graphs.serialize import flatten_graph, unflatten_graph
 from ..graphs.shape_reads import is_shape_read
 from ..models.copies import copy_inputs
@@ -32,6 +33,7 @@ class Needs:
     Attributes:
         late: whether it may stop after an operation that changed the state.
         values: whether it decides on values of tensors or on random numbers.
+        asks: whether it asks for the state of torch, such as autocast.
         writes: whether it writes into inputs before it may stop.
         flags: paths of the ``training`` flags that it reads.
         touched: modules whose state may have changed when it stops.
@@ -39,6 +41,7 @@ class Needs:
 
     late: bool
     values: bool
+    asks: bool
     writes: bool
     flags: tuple[str, ...]
     touched: tuple[str, ...] = ()
@@ -213,7 +216,8 @@ def needs_of(graph: fx.Graph) -> Needs:
     values = any(meta.ON_VALUES.known(node) for node in graph.nodes if node.target in CHECKS)
     reads = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     flags = tuple(target for target in reads if target.rpartition(".")[2] == "training")
-    return Needs(late, values, writes, flags, tuple(dict.fromkeys(touched)))
+    asks = any(node.target in ASKED for node in graph.nodes if node.op == "call_function")
+    return Needs(late, values, asks, writes, flags, tuple(dict.fromkeys(touched)))
 
 
 def decides_on_training(graph: fx.Graph) -> bool:

@@ -1,0 +1,338 @@
+"""Python state of less usual kinds that traced code reads: changed after conversion, it counts, in copies too."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import dataclasses
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checks import connections, error
+from torch import Tensor, nn
+
+import hc_transform as hct
+
+D = 8
+SCOPES = ["graph", "blocks"]
+Space = types.SimpleNamespace
+
+
+class Block(nn.Module):
+    """A residual scaled by what ``reads`` makes of the block."""
+
+    def __init__(self, reads: Callable[[Any], Any], **held: Any) -> None:
+        super().__init__()
+        self.f, self.reads_scale = nn.Linear(D, D), reads
+        for name, value in held.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * self.reads_scale(self)
+
+
+class Gate:
+    def __init__(self, k: float) -> None:
+        self.k = k
+
+    def scale(self) -> float:
+        return self.k
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    scale: float = 1.0
+
+
+class Delegating(Block):
+    """Serves settings as attributes."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "gain":
+            return self.__dict__["held"]["gain"]
+        return super().__getattr__(name)
+
+
+def closure() -> Any:
+    value = 1.0
+
+    def read() -> float:
+        return value
+
+    def write(new: float) -> None:
+        nonlocal value
+        value = new
+
+    read.write = write  # type: ignore[attr-defined]
+    return read
+
+
+def by_name(block: Any) -> float:
+    return getattr(block.held, "scale", 1.0)
+
+
+def deep() -> Space:
+    return Space(a=Space(b=Space(c=Space(d=Space(scale=1.0)))))
+
+
+# how the code reads, what the block holds, and the change
+CASES: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], Callable[[Any], None]]] = {
+    "a bound method": (lambda b: b.held(), lambda: Gate(1.0).scale, lambda b: setattr(b.held.__self__, "k", 5.0)),
+    "a closure": (lambda b: b.held(), closure, lambda b: b.held.write(5.0)),
+    "a partial's argument": (
+        lambda b: b.held(),
+        lambda: functools.partial(lambda c: c[0], [1.0]),
+        lambda b: b.held.args[0].__setitem__(0, 5.0),
+    ),
+    "getattr by name": (by_name, lambda: Space(scale=1.0), lambda b: setattr(b.held, "scale", 5.0)),
+    "getattr of what is absent": (by_name, Space, lambda b: setattr(b.held, "scale", 5.0)),
+    "an attribute that is absent": (
+        lambda b: getattr(b, "gain", 1.0),
+        Space,
+        lambda b: setattr(b, "gain", 5.0),
+    ),
+    "hasattr": (lambda b: 2.0 if hasattr(b, "gain") else 1.0, Space, lambda b: setattr(b, "gain", 5.0)),
+    "a long list": (lambda b: b.held[70], lambda: [1.0] * 80, lambda b: b.held.__setitem__(70, 5.0)),
+    "a long dictionary": (
+        lambda b: b.held[70],
+        lambda: dict.fromkeys(range(80), 1.0),
+        lambda b: b.held.__setitem__(70, 5.0),
+    ),
+    "slots": (lambda b: b.held.scale, Slots, lambda b: setattr(b.held, "scale", 5.0)),
+    "four objects deep": (lambda b: b.held.a.b.c.d.scale, deep, lambda b: setattr(b.held.a.b.c.d, "scale", 5.0)),
+    "an array": (lambda b: float(b.held[0]), lambda: np.ones(3), lambda b: b.held.__setitem__(0, 5.0)),
+    "a number of numpy": (lambda b: float(b.held), lambda: np.float32(1), lambda b: setattr(b, "held", np.float32(5))),
+    "a deque": (lambda b: b.held[0], lambda: collections.deque([1.0]), lambda b: b.held.__setitem__(0, 5.0)),
+    "a list of tensors": (
+        lambda b: b.held[0],
+        lambda: [torch.ones(())],
+        lambda b: setattr(b, "held", [torch.tensor(5.0)]),
+    ),
+}
+
+
+def check_change(make: Callable[[], nn.Module], change: Callable[[Any], None], scope: str) -> None:
+    """Change a model and what became of it alike; both must agree, and so must a copy that is made then."""
+    x = torch.randn(2, D)
+    model = make()
+    hc = hct.convert(model, (x,), scope=scope)
+    with torch.no_grad():
+        before = model(x)
+        held = {id(m): m for m in (model.get_submodule("0"), hc.get_submodule("0"))}
+        objects: set[int] = set()
+        for block in held.values():
+            if id(block.__dict__.get("held")) not in objects or not isinstance(block.held, (Space, list)):
+                objects.add(id(block.__dict__.get("held")))
+                change(block)
+        assert error(model(x), before) > 1e-3, "the change does something"
+        assert error(hc(x), model(x)) < 1e-5
+        assert error(copy.deepcopy(hc)(x), model(x)) < 1e-5
+        assert len(connections(hc)) == 2
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("case", CASES)
+def test_what_changes_counts(case: str, scope: str) -> None:
+    reads, make, change = CASES[case]
+    check_change(lambda: nn.Sequential(Block(reads, held=make()), Block(reads, held=make())), change, scope)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_what_a_module_serves_by_getattr_counts(scope: str) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(*(Delegating(lambda b: b.gain, held={"gain": 1.0}) for _ in range(2)))
+
+    check_change(make, lambda b: b.held.update(gain=5.0), scope)
+
+
+class Biased(nn.Module):
+    def __init__(self, bias: Any, register: str) -> None:
+        super().__init__()
+        self.f = nn.Linear(D, D)
+        getattr(self, register)("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        return x + (y if self.bias is None else y + self.bias)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("register", ["register_buffer", "register_parameter"])
+@pytest.mark.parametrize("comes", [True, False], ids=["comes", "goes"])
+def test_a_tensor_that_comes_or_goes_counts(comes: bool, register: str, scope: str) -> None:
+    one = nn.Parameter(torch.ones(D))  # of both, so that the second block reads another's
+    was, becomes = (None, one) if comes else (one, None)
+    model, x = nn.Sequential(Biased(was, register), Biased(was, register)), torch.randn(2, D)
+    hc = hct.convert(model, (x,), scope=scope)
+    for m in (model, hc):
+        m.get_submodule("1").bias = becomes
+    with torch.no_grad():
+        assert error(hc(x), model(x)) < 1e-5
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(D, D)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x
+        for layer in self.layers:
+            y = torch.tanh(layer(y))
+        return x + y
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_module_that_is_appended_counts(compiled: bool, scope: str) -> None:
+    model, x, new = nn.Sequential(Deep(), Deep()), torch.randn(2, D), nn.Linear(D, D)
+    hc = hct.convert(model, (x,), scope=scope)
+    for m in (model, hc):
+        m.get_submodule("1.layers").append(new)
+    with torch.no_grad():
+        if not compiled:
+            assert error(hc(x), model(x)) < 1e-5
+            return
+        with contextlib.suppress(hct.HCTransformError, torch._dynamo.exc.TorchRuntimeError):
+            assert error(torch.compile(hc, backend="eager")(x), model(x)) < 1e-5
+
+
+class Experts(nn.Module):
+    """Decides on values, so that it stays whole, and stores a loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        if (y > 0).any():
+            y = y * 2
+        self.loss, self.count = y.square().mean(), int((y > 0).sum())
+        return y
+
+
+class Routed(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.f, self.experts, self.name = nn.Linear(D, D), Experts(), name
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Any]:
+        x = x + torch.tanh(self.f(x))
+        x = x + self.experts(x)
+        return x, getattr(self.experts, self.name) * x.mean()
+
+
+@pytest.mark.parametrize("scope", ["graph", "auto", "blocks"])
+@pytest.mark.parametrize("name", ["loss", "count"])
+def test_what_a_whole_module_stores_is_read_anew(name: str, scope: str) -> None:
+    model, x, y = Routed(name), torch.randn(9, D), torch.randn(4, D)
+    try:
+        hc = hct.convert(model, (x,), scope=scope, leaf_modules=["experts"] if scope == "graph" else [])
+    except hct.HCTransformError as refusal:
+        assert name == "count" and "sets in each call" in str(refusal)
+        return
+    assert error(hc(y), model(y)) < 1e-5
+    model.zero_grad()
+    hc(y)[1].backward()
+    assert model.experts.f.weight.grad is not None
+
+
+@functools.cache
+def table(length: int) -> Tensor:
+    return torch.arange(length).float()[:, None]
+
+
+class Tabled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x * table(x.shape[1]))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_no_traced_value_enters_a_cache_of_the_users(scope: str) -> None:
+    table.cache_clear()
+    model, x, y = nn.Sequential(Tabled(), Tabled()), torch.randn(2, 5, D), torch.randn(2, 7, D)
+    hc = hct.convert(model, (x,), scope=scope)
+    assert len(hc.hc_report.converted) == 2
+    assert type(table(5)) is Tensor and table(5).tolist() == [[0.0], [1.0], [2.0], [3.0], [4.0]]
+    with torch.no_grad():
+        assert error(hc(y), model(y)) < 1e-5
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_copy_after_a_forward_was_replaced_runs_the_new_one(scope: str) -> None:
+    model, x = nn.Sequential(*(Block(lambda b: 1.0) for _ in range(3))), torch.randn(2, D)
+    hc = hct.convert(model, (x,), scope=scope)
+    for m in (model, hc):
+        m.get_submodule("2").forward = lambda x: x * 2
+    with torch.no_grad():
+        assert error(hc(x), model(x)) < 1e-5
+        assert error(copy.deepcopy(hc)(x), model(x)) < 1e-5
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_block_that_is_replaced_is_plain_in_both_scopes(scope: str) -> None:
+    model, x, new = nn.Sequential(*(Deep() for _ in range(3))), torch.randn(2, D), Deep()
+    hc = hct.convert(model, (x,), scope=scope)
+    for m in (model, hc):
+        setattr(m, "1", new)
+    with torch.no_grad():
+        assert error(hc(x), model(x)) < 1e-5
+    assert {name.partition(".")[0] for name in connections(hc)} == {"0", "2"}
+
+
+class Asks(nn.Module):
+    def __init__(self, question: str) -> None:
+        super().__init__()
+        self.f, self.question = nn.Linear(D, D), question
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        if self.question == "autocast" and torch.is_autocast_enabled("cpu"):
+            y = y * 5
+        if self.question == "dtype" and torch.get_default_dtype() == torch.float64:
+            y = y * 5
+        if self.question == "inference" and torch.is_inference_mode_enabled():
+            y = y * 5
+        if self.question == "deterministic" and torch.are_deterministic_algorithms_enabled():
+            y = y * 5
+        return x + y
+
+
+@contextlib.contextmanager
+def switched(switch: Callable[[Any], None], on: Any, off: Any) -> Any:
+    switch(on)
+    try:
+        yield
+    finally:
+        switch(off)
+
+
+STATES = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "dtype": lambda: switched(torch.set_default_dtype, torch.float64, torch.float32),
+    "inference": torch.inference_mode,
+    "deterministic": lambda: switched(torch.use_deterministic_algorithms, True, False),
+}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("question", STATES)
+def test_the_state_of_torch_is_asked_anew(question: str, scope: str) -> None:
+    model, x = nn.Sequential(Asks(question), Asks(question)), torch.randn(2, D)
+    hc = hct.convert(model, (x,), scope=scope)
+    plain = hc(x)
+    with STATES[question]():
+        assert error(hc(x), model(x)) < 2e-2
+        assert error(hc(x).float(), plain) > 0.1
+    assert error(hc(x), model(x)) < 1e-5
