@@ -126,6 +126,7 @@ class BlockRunner:
 
         return pytree.tree_map(one, result, is_leaf=is_trunk_value)
 
+    @torch.compiler.disable  # where compiled code breaks off, it does not compile this
     def _captured(
         self, block: nn.Module, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any], change: Any
     ) -> tuple[Variant, Any]:

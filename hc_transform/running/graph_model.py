@@ -193,6 +193,7 @@ class HyperConnectedModule(fx.GraphModule):
         flags = tuple(operator.attrgetter(flag)(self) for need in needs for flag in need.flags)
         return structure, kinds, flags, torch.is_grad_enabled()
 
+    @torch.compiler.disable  # where compiled code breaks off, it does not compile this
     @one_at_a_time
     def trace_variant(
         self, args: Sequence[Any], kwargs: dict[str, Any], change: DecisionChanged | None = None
