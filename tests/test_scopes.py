@@ -85,3 +85,53 @@ def test_scopes_agree_on_the_models_of_packages(name):
         doubled(model)
         x = tuple(t.double() if t.is_floating_point() else t for t in x)
     check(model, x)
+
+
+class Attends(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query, self.key = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+    def forward(self, x, context):
+        key = self.key(context)
+        return (self.query(x) @ key.transpose(1, 2)).softmax(-1) @ key
+
+
+class Encoder(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attends()
+
+    def forward(self, x):
+        return self.attention(x, x) + x
+
+
+class Exchange(torch.nn.Module):
+    """The first row of each of two streams attends to the other's rest, as in CrossViT (arXiv 2103.14899)."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = Attends(), Attends()
+
+    def forward(self, a, b):
+        (first_a, rest_a), (first_b, rest_b) = ((x[:, :1], x[:, 1:]) for x in (a, b))
+        first_a, first_b = self.a(first_a, rest_b) + first_a, self.b(first_b, rest_a) + first_b
+        return torch.cat((first_a, rest_a), 1), torch.cat((first_b, rest_b), 1)
+
+
+class CrossViT(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.ModuleList(torch.nn.ModuleList([Encoder(), Encoder(), Exchange()]) for _ in range(2))
+
+    def forward(self, a, b):
+        for of_a, of_b, exchange in self.layers:
+            a, b = exchange(of_a(a), of_b(b))
+        return a, b
+
+
+def test_streams_that_a_block_cuts_are_cut_one_by_one():
+    torch.manual_seed(0)
+    model, x = CrossViT(), (torch.randn(2, 5, 8), torch.randn(2, 4, 8))
+    check(model, x)
+    assert len(hct.convert(model, x, scope="blocks").hc_report.converted) == 8

@@ -309,7 +309,10 @@ def _input_of(node: fx.Node) -> str | None:
     if not is_tensor(node):
         return None
     while node.op == "call_function" and getattr(node.target, "__name__", "") == "getitem":
-        node = node.args[0]  # type: ignore[assignment]
+        source: Any = node.args[0]
+        if is_tensor(source):
+            return None  # a part of a tensor is computed, as streams are cut
+        node = source
     return str(node.target) if node.op == "placeholder" else None
 
 
