@@ -333,3 +333,34 @@ def test_the_state_of_torch_is_asked_anew(question: str, scope: str) -> None:
         assert error(hc(x), model(x)) < 2e-2
         assert error(hc(x).float(), plain) > 0.1
     assert error(hc(x), model(x)) < 1e-5
+
+
+class Held(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.act, self.part, self.factors, self.pair = nn.Linear(D, D), torch.relu, slice(0, 8), [1.0], (1, "a")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.f(x)) * self.pair[0]
+        for factor in self.factors:
+            y = y * factor
+        return x + y * y[..., self.part].sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("act", torch.tanh), ("part", slice(0, 3)), ("factors", [1.0, 3.0]), ("pair", (2, "a"))],
+    ids=["function", "slice", "list", "tuple"],
+)
+def test_compiled_code_notices_it_too(name: str, value: Any, scope: str) -> None:
+    torch._dynamo.reset()
+    model, x = nn.Sequential(Held(), Held()), torch.randn(2, D)
+    hc = hct.convert(model, (x,), scope=scope)
+    compiled = torch.compile(hc, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        assert error(compiled(x), model(x)) < 1e-5
+        for m in (model, hc):
+            setattr(m.get_submodule("1"), name, value)
+        assert error(hc(x), model(x)) < 1e-5  # once in eager mode, which traces again
+        assert error(compiled(x), model(x)) < 1e-5

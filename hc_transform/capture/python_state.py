@@ -12,6 +12,7 @@ import functools
 import operator
 import pickle
 import sys
+import types
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,6 +23,7 @@ from torch import nn
 from ..errors import DecisionChanged
 from ..graphs.guards import HINT
 
+FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
 LONGEST = 64  # containers of containers with more entries are known by their length
 LONGEST_PLAIN = 4096  # and those of constants
@@ -89,7 +91,11 @@ def is_plain(value: Any) -> bool:
 
 def _is_compiled(expected: Any) -> bool:
     """Whether compiled code checks it too; what else it reads the compiler guards itself."""
-    return expected is Absent or expected is Present or type(expected) is Count or is_plain(expected)
+    if expected is Absent or expected is Present or type(expected) is Count or is_plain(expected):
+        return True
+    if isinstance(expected, Frozen) and expected.kind in (list, tuple, slice) and type(expected.entries) is tuple:
+        return len(expected.entries) <= LONGEST and all(map(_is_compiled, expected.entries))
+    return isinstance(expected, FUNCTIONS) and expected is not Same and expected is not SameEntries
 
 
 def frozen(value: Any) -> Any:
@@ -104,6 +110,8 @@ def frozen(value: Any) -> Any:
         return Frozen(type(value), len(value))
     if isinstance(value, dict):
         return Frozen(type(value), len(value))
+    if type(value) is slice and all(map(is_plain, (value.start, value.stop, value.step))):
+        return Frozen(slice, (value.start, value.stop, value.step))
     if type(value).__module__ == "numpy" and not callable(value) and hasattr(value, "tobytes"):
         small = value.size <= LONGEST_PLAIN and not value.dtype.hasobject
         return Frozen(type(value), (value.shape, str(value.dtype), value.tobytes()) if small else value.shape)
@@ -344,32 +352,45 @@ def _checker(reads: tuple[Read, ...]) -> Callable[[nn.Module], None]:
     namespace: dict[str, Any] = {"DecisionChanged": DecisionChanged}
     lines = ["def check(root):"]
     for read in reads:
-        text = _expression(read, namespace)
-        expected = repr(read.expected)
-        if isinstance(read.expected, (complex, enum.Enum)) or str(type(read.expected).__module__) == "torch":
-            expected = f"constant_{len(namespace)}"
-            namespace[expected] = read.expected
-        if read.expected != read.expected or text is None:
-            continue
-        if read.expected is Absent:
-            owner, name = _expression(replace(read, steps=read.steps[:-1]), namespace), read.steps[-1][1]
-            lines.append(f"    if hasattr({owner}, {name!r}): raise DecisionChanged('{read} is there now')")
-            continue
-        if type(read.expected) is Count:
-            container = _expression(replace(read, steps=()), namespace)
-            lines.append(
-                f"    if len({container}) != {read.expected.number}: raise DecisionChanged('{read} was changed')"
-            )
-            continue
-        if read.expected is Present:
-            lines.append(f"    if {text} is None: raise DecisionChanged('{read} is None now')")
-            continue
-        message = f"{read} was {read.expected!r} while tracing and is something else now. {HINT}"
-        test = f"{text} is not None" if read.expected is None else f"{text} != {expected}"
-        lines.append(f"    if {test}: raise DecisionChanged({message!r})")
+        test, now = _test(read, namespace)
+        if test is not None:
+            message = f"{read} {now} now, as it was not while tracing. {HINT}"
+            lines.append(f"    if {test}: raise DecisionChanged({message!r})")
     exec(compile("\n".join([*lines, "    return None"]), "<hc_transform>", "exec"), namespace)
     check: Callable[[nn.Module], None] = namespace["check"]
     return check
+
+
+def _test(read: Read, namespace: dict[str, Any]) -> tuple[str | None, str]:
+    """Return the text of a test whether a value is another one, None if there can be none, and what it is then."""
+    expected, text = read.expected, _expression(read, namespace)
+    if text is None or expected != expected:
+        return None, ""
+    owner = _expression(replace(read, steps=read.steps[:-1]), namespace)
+    if expected is Absent:
+        return f"hasattr({owner}, {read.steps[-1][1]!r})", "is there"
+    if isinstance(expected, Count):
+        return f"len({owner}) != {expected.number}", "holds other modules"
+    if expected is Present:
+        return f"{text} is None", "is None"
+    if expected is None:
+        return f"{text} is not None", "is something"
+    name = f"constant_{len(namespace)}"
+    if isinstance(expected, FUNCTIONS):
+        namespace[name] = expected
+        return f"{text} is not {name}", "is another function"
+    if isinstance(expected, (complex, enum.Enum, Frozen)) or str(type(expected).__module__) == "torch":
+        namespace[name] = _thawed(expected)
+        return f"{text} != {name}", "is something else"
+    return f"{text} != {expected!r}", f"is not {expected!r}"
+
+
+def _thawed(expected: Any) -> Any:
+    """Return the value that was frozen."""
+    if not isinstance(expected, Frozen):
+        return expected
+    entries = map(_thawed, expected.entries)
+    return slice(*entries) if expected.kind is slice else expected.kind(entries)
 
 
 def _expression(read: Read, namespace: dict[str, Any]) -> str | None:

@@ -21,14 +21,13 @@ from torch import fx, nn
 
 from ..graphs.source_lines import INTERNAL_FILES
 from ..models.state import CONTAINERS, Contents, is_generator, is_state, state_of
-from .python_state import LONGEST, Absent, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
+from .python_state import FUNCTIONS, LONGEST, Absent, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
 
 Key = tuple[str, str]  # (path of a module, name of an attribute)
 DEEPEST = 3  # objects within objects that are compared
 DEEPEST_READ = 6  # and whose fields traced code may read
 LARGEST = 1000  # entries of a dictionary that are looked at
 LIBRARIES = frozenset({"torch", "numpy", "einops", "builtins", "hc_transform", *sys.stdlib_module_names})
-FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 
 
 class Watch:
