@@ -9,7 +9,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 import hc_transform as hct
-from hc_transform.connections import sinkhorn
+from hc_transform import sinkhorn
 
 CONNECTIONS = ["static", "dynamic", "mhc", "mhc-lite", "kromhc", "identity", "frac"]
 D = 4

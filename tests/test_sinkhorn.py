@@ -7,8 +7,7 @@ import re
 import pytest
 import torch
 
-from hc_transform import sinkhorn_error
-from hc_transform.connections import sinkhorn
+from hc_transform import sinkhorn, sinkhorn_error
 
 
 def by_definition(logits, iterations, eps=0.0):

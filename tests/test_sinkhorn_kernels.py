@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from hc_transform.connections import sinkhorn
+from hc_transform import sinkhorn
 from hc_transform.measuring.registers import assembled
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
@@ -24,7 +24,7 @@ sys.modules["hc_transform.connections.sinkhorn"]._kernels_for = lambda logits: k
 kernels.MIN_PROGRAMS, kernels.SCRATCH_BYTES = 1, 0  # one program takes all blocks
 results = {}
 for name, (logits, weight, iterations, eps) in torch.load(sys.argv[1]).items():
-    matrix = hc_transform.connections.sinkhorn(logits.requires_grad_(), iterations, eps)
+    matrix = hc_transform.sinkhorn(logits.requires_grad_(), iterations, eps)
     results[name] = matrix.detach(), *torch.autograd.grad(matrix, logits, weight)
 torch.save(results, sys.argv[2])
 """

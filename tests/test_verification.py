@@ -173,15 +173,15 @@ def _swap_streams(hc, path):
 
 def _broken(monkeypatch, damage):
     """Let conversion damage what it has made of the blocks."""
-    module = sys.modules["hc_transform.convert"]
-    made = module.convert_blocks
+    module = sys.modules["hc_transform.convert_blocks"]
+    made = module._with_graphs
 
-    def convert_blocks(*args, **kwargs):
+    def with_graphs(*args, **kwargs):
         converted, *rest = made(*args, **kwargs)
         damage(converted)
         return converted, *rest
 
-    monkeypatch.setattr(module, "convert_blocks", convert_blocks)
+    monkeypatch.setattr(module, "_with_graphs", with_graphs)
 
 
 def test_the_first_residual_that_differs_is_named_in_blocks_too(monkeypatch):

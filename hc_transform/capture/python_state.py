@@ -149,7 +149,7 @@ class PythonState:
     _bound: Any = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        plain = tuple(r for r in self.reads if _is_compiled(r.expected))
+        plain = tuple(r for r in self.reads if _is_compiled(r.expected) and not (r.expected is Absent and r.steps[1:]))
         # For compiled code: raises DecisionChanged if a value is another one; what it reads becomes a guard.
         self.compiled = _checker(plain) if plain else None
 

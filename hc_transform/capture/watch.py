@@ -132,7 +132,8 @@ class Watch:
         if fields is not None and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
             yield from self._named_in(home, steps, fields, "attribute", depth)
             cls: Any = type(value)
-            if not hasattr(cls, "__getattr__") and depth < DEEPEST_READ:
+            own = not _is_library(cls.__module__) or cls is types.SimpleNamespace
+            if own and not hasattr(cls, "__getattr__") and depth < DEEPEST_READ:
                 for name in sorted(n for n in self.shared.asked if n not in fields and not hasattr(cls, n)):
                     yield Read(home, (*steps, ("attribute", name)), Absent)
             of_class = {n: getattr(value, n) for n in self.names if _is_setting(cls, n) and n not in fields}
@@ -235,7 +236,8 @@ class SharedState:
             return
         space, where = frame.f_globals, self.where() if counts else None
         if counts:
-            asked = [c for c in code.co_consts if type(c) is str and c.isidentifier()]
+            asks = not {"getattr", "hasattr"}.isdisjoint(code.co_names)
+            asked = [c for c in code.co_consts if type(c) is str and c.isidentifier()] if asks else []
             self.asked.update(asked)  # getattr(x, "name", default)
             self.names.update(code.co_names, asked)
         for name in code.co_names:
