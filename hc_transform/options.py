@@ -17,6 +17,9 @@ SHORTCUTS = ("break", "carry")
 class Options:
     """What to convert, and into what. Checked when it is made.
 
+    The arguments of :func:`hc_transform.convert`, and ``keep_layout``: whether streams lie in memory as the value does
+    that they begin as. :func:`hc_transform.make_plan` sets it where the model's code asks how its values lie.
+
     Raises:
         ValueError: an option is out of range; the message names the choices.
     """
@@ -35,6 +38,7 @@ class Options:
     recompute: bool = False
     shortcuts: str = "break"
     min_residuals: int = 1
+    keep_layout: bool = False
 
     @property
     def plain(self) -> bool:

@@ -414,3 +414,45 @@ def test_the_default_device_is_not_to_be_meta_alone():
     model, x = named(), x_of()
     with torch.device("meta"), pytest.raises(hct.UnsupportedModel, match="device"):
         hct.convert(model, x)
+
+
+# -- decisions on how a value lies in memory
+
+LAYOUTS = {
+    "contiguous": lambda x: 2.0 if x.is_contiguous() else 0.5,
+    "stride": lambda x: float(x.stride(-1) % 3 + 1),
+}
+
+
+class ScaledByLayout(nn.Module):
+    """x + s f(x), or f(x) + x, where s goes by the layout of x."""
+
+    def __init__(self, scale, branch_first):
+        super().__init__()
+        self.f, self.scale, self.branch_first = nn.Linear(D, D), scale, branch_first
+
+    def forward(self, x):
+        y = self.scale(x) * self.f(x)
+        return y.mT.contiguous().mT + x if self.branch_first else x + y
+
+
+class Transposed(nn.Module):
+    """Blocks on tokens as an embedding of patches leaves them."""
+
+    def __init__(self, *settings):
+        super().__init__()
+        self.blocks = nn.Sequential(*(ScaledByLayout(*settings) for _ in range(3)))
+
+    def forward(self, x):
+        return self.blocks(x.mT)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("connection", ["dynamic", "mhc"])
+@pytest.mark.parametrize("branch_first", [False, True], ids=["skip first", "branch first"])
+@pytest.mark.parametrize("scale", LAYOUTS.values(), ids=LAYOUTS)
+def test_a_decision_on_the_layout_of_a_trunk_value_sees_that_of_the_original(scale, branch_first, connection, scope):
+    model, x = Transposed(scale, branch_first), torch.randn(2, D, 5)
+    hc = hct.convert(model, x, scope=scope, connection=connection)
+    for inputs in (x, torch.randn(3, D, 7), torch.randn(2, 5, D).mT):
+        assert error(hc(inputs), model(inputs)) < 1e-5

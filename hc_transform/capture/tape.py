@@ -27,6 +27,7 @@ from ..graphs.aliases import layout_of, memory_of, written_through
 from ..graphs.operations import Kind, set_item
 from ..graphs.passes import logged_pass
 from ..graphs.row_sums import unflatten_row_sums
+from ..graphs.shape_reads import LAYOUT_METHODS
 from ..graphs.source_lines import user_frame, user_lines
 from ..models.compare import tensors_of
 from ..models.copies import compiled_from, copy_inputs, has_hooks, keep_plain_tensors
@@ -64,6 +65,7 @@ class Tape:
         inputs: the tensors of the run's inputs, in the order of the placeholders.
         reads_values: whether Python took numbers out of computed tensors, so that other values could take
             another way.
+        asks_layout: whether code asked how a tensor lies in memory.
     """
 
     graph_module: fx.GraphModule
@@ -71,6 +73,7 @@ class Tape:
     reads_values: bool = False
     draws: bool = False
     closes_over: bool = False
+    asks_layout: bool = False
 
     @property
     def decides(self) -> bool:
@@ -99,7 +102,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         with recorder:
             output = model(*args, **kwargs)
         draws = host_states() != host
-    return Tape(recorder.finish(output), kept, recorder.reads_values, draws, recorder.closes_over)
+    return Tape(recorder.finish(output), kept, recorder.reads_values, draws, recorder.closes_over, recorder.asks_layout)
 
 
 class _Recorder(TorchFunctionMode):
@@ -120,6 +123,7 @@ class _Recorder(TorchFunctionMode):
         self.inside_leaf = 0
         self.reads_values = False
         self.closes_over = False
+        self.asks_layout = False
         self.used: dict[int, torch.Tensor] | None = None  # within torch.vmap: what its function is seen to use
 
     # -- what is recorded
@@ -130,12 +134,13 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        self.asks_layout = self.asks_layout or name in LAYOUT_METHODS
         if self.inside_leaf:
             if self.used is not None:
                 known = (t for t in tensors_in((args, kwargs)) if id(t) in self.node_of or id(t) in self.attributes)
                 self.used.update((id(t), t) for t in known)
             return func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
         if name == "__get__":
             return self._attribute(func, args, kwargs)
         if name == "__set__" or not (tensors_in((args, kwargs)) or _is_factory(func)):

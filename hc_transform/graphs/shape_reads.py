@@ -8,10 +8,11 @@ import torch
 from torch import fx
 
 from . import meta
-from .dialects import SYMBOLS, reads_symbols, type_of
+from .dialects import SYMBOLS, name_of, reads_symbols, type_of
 
 SHAPE_METHODS = frozenset("size dim ndimension numel nelement stride is_floating_point is_complex get_device".split())
 SHAPE_ATTRIBUTES = frozenset("shape ndim dtype device is_cuda is_sparse is_nested layout itemsize".split())
+LAYOUT_METHODS = frozenset("is_contiguous stride".split())
 VALUE_READS = frozenset("item tolist equal allclose is_nonzero numpy __contains__ contains".split())
 
 
@@ -27,6 +28,11 @@ def is_shape_read(node: fx.Node) -> bool:
         return True
     module = getattr(node.target, "__module__", None)
     return module in (operator.add.__module__, "math") and _all_inputs_plain(node)
+
+
+def asks_layout(graph: fx.Graph) -> bool:
+    """Whether code asks how a tensor lies in memory."""
+    return any(node.op.startswith("call_") and name_of(node) in LAYOUT_METHODS for node in graph.nodes)
 
 
 def _all_inputs_plain(node: fx.Node) -> bool:

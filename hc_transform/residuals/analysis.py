@@ -71,7 +71,7 @@ def analyse(
         again = make_plan(narrow.graph_module, Findings(chosen, (), found.shortcuts), _chosen_already(options))
         names = [r.name for r in plan.residuals]
         if [r.name for r in again.residuals] == names and len(again.trunks) == len(plan.trunks):
-            return _known(Analysis(replace(again, skipped=plan.skipped, options=options), narrow), found)
+            return _known(Analysis(replace(again, skipped=plan.skipped, options=plan.options), narrow), found)
     return _known(Analysis(plan, wide), findings)
 
 

@@ -14,6 +14,7 @@ from ..errors import PatternError, UnsupportedModel
 from ..graphs.dialects import location_of, name_of
 from ..graphs.operations import shape_of
 from ..graphs.passes import logged_pass
+from ..graphs.shape_reads import asks_layout
 from ..options import Options
 from .findings import Findings, Reason, Residual, Skipped
 from .keys import with_keys
@@ -83,6 +84,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     carried = {node for trunk in trunks for node in trunk.carried}
     passed = {s.verdict: replace(s.verdict, reason=Reason.CARRIED) for s in findings.shortcuts if s.add in carried}
     verdicts = [passed.get(verdict, verdict) for verdict in findings.skipped]
+    options = replace(options, keep_layout=options.keep_layout or asks_layout(graph_module.graph))
     return Plan(graph_module, trunks, (*verdicts, *skipped), options)
 
 

@@ -206,15 +206,17 @@ class _TrunkRewriter:
         label = f"{label_of(residual.name)}_expand"
         with self.graph.inserting_after(after):
             if value is self.trunk.entry:
-                kept = (True,) if self.overwrites else ()
-                return self._new(trunk_value.enter, (node, self.options.num_streams, *kept), label, value)
+                ways = (bool(self.overwrites), self.options.keep_layout)
+                given = ways if any(ways) else ()
+                return self._new(trunk_value.enter, (node, self.options.num_streams, *given), label, value)
             if self.overwrites:  # what streams begin with is needed afterwards
                 node = self.graph.call_method("clone", (node,))
                 after = node
         with self.graph.inserting_after(after):
             if self.options.stream_embedding:
                 return self._module(expand_key(self.trunk), (node,), label, value)
-            return self._new(ops.expand, (node, self.options.num_streams), label, value)
+            kept = (True,) if self.options.keep_layout else ()
+            return self._new(ops.expand, (node, self.options.num_streams, *kept), label, value)
 
     def _leave(self) -> None:
         """Hand the streams on where the trunk goes on outside of the graph."""

@@ -117,7 +117,7 @@ class BlockRunner:
             if begin is not None and call.step == 0:
                 streams = begin(read_out(value))
             elif self.plan.counted:
-                streams = enter(value, self.options.num_streams)
+                streams = enter(value, self.options.num_streams, keep_layout=self.options.keep_layout)
             else:
                 return value
             made = hand_on(streams, call.step + 1 if self.plan.counted else 1, mode)

@@ -88,16 +88,17 @@ def entries(weights: Tensor, feature_axis: int) -> tuple[Tensor, ...]:
     return tuple(part.unsqueeze(feature_axis) for part in parts)
 
 
-def expand(x: Tensor, num_streams: int) -> Streams:
+def expand(x: Tensor, num_streams: int, keep_layout: bool = False) -> Streams:
     """Return ``num_streams`` streams, all equal to ``x``.
 
     Tokens ``(B, N, D)`` that lie in memory as ``(B, D, N)``, as an embedding of patches leaves them, are put
-    in order once: everything that sums over features would else have to, for each stream.
+    in order once: everything that sums over features would else have to, for each stream. With ``keep_layout``
+    they stay as they lie.
 
     >>> len(expand(torch.ones(2, 3), 4))
     4
     """
-    return (x.contiguous() if x.dim() == 3 else x,) * num_streams
+    return (x.contiguous() if x.dim() == 3 and not keep_layout else x,) * num_streams
 
 
 def read(streams: Sequence[Tensor], coefficients: AnyCoefficients) -> Tensor:
@@ -137,7 +138,8 @@ def write(
         if branch_first:
             return stored([(_product(branch, post) + stream).to(dtype) for stream, post in pairs])
         return stored([(stream + _product(branch, post)).to(dtype) for stream, post in pairs])
-    if isinstance(coefficients, PackedCoefficients) and _takes_matrix(streams, coefficients):
+    first = (branch, *streams) if branch_first else streams
+    if isinstance(coefficients, PackedCoefficients) and _takes_matrix(first, coefficients):
         pairs = zip(_mixed_by_matrix(streams, coefficients.matrix), coefficients.h_post, strict=True)
         return stored([(mixed + _product(branch, post)).to(dtype) for mixed, post in pairs])
     rows = zip(coefficients.h_res, coefficients.h_post, strict=True)

@@ -314,13 +314,14 @@ def holds_streams(values: Any) -> bool:
     return bool(trunk_values(values))
 
 
-def enter(value: Any, num_streams: int, kept: bool = False) -> Streams:
+def enter(value: Any, num_streams: int, kept: bool = False, keep_layout: bool = False) -> Streams:
     """Return the streams that a block is given: those of a trunk value, or a tensor expanded.
 
     Args:
         value: a trunk value or a tensor.
         num_streams: how many streams a tensor becomes.
         kept: whether the block overwrites the tensor, and the streams are to be what it was.
+        keep_layout: whether they stay as the tensor lies in memory.
 
     >>> len(enter(torch.ones(2), 4))
     4
@@ -332,7 +333,7 @@ def enter(value: Any, num_streams: int, kept: bool = False) -> Streams:
         settle(value)
     if type(value) is TrunkValue:
         return value.streams
-    return expand(value.clone() if kept else value, num_streams)
+    return expand(value.clone() if kept else value, num_streams, keep_layout)
 
 
 @torch.compiler.allow_in_graph
