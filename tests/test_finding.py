@@ -36,6 +36,10 @@ def scatter(x, y):
     return x.index_add(0, torch.arange(x.shape[0] - 1), y[1:], alpha=2)
 
 
+def rows_of(y):
+    return torch.arange(y.shape[0] - 1)[:, None].expand(-1, D)
+
+
 SUMS = {
     "sub": lambda x, y: x - y,
     "isub": lambda x, y: operator.isub(x.clone(), y),
@@ -56,6 +60,13 @@ SUMS = {
     "aten": lambda x, y: torch.ops.aten.add.Tensor(x, y, alpha=2),
     "packet": lambda x, y: torch.ops.aten.sub(x, y),
     "index_add": scatter,
+    "scatter_add": lambda x, y: x.scatter_add(0, rows_of(y), y[1:]),
+    "scatter_add in place": lambda x, y: x.clone().scatter_add_(0, rows_of(y), y[1:]),
+    "scatter_reduce": lambda x, y: torch.scatter_reduce(x, 0, rows_of(y), y[1:], reduce="sum"),
+    "scatter_reduce twice": lambda x, y: x.scatter_reduce(0, 0 * rows_of(y), y[1:], "sum", include_self=True),
+    "index_put": lambda x, y: x.index_put((torch.zeros(len(y) - 1, dtype=torch.long),), y[1:], accumulate=True),
+    "unbound": lambda x, y: torch.Tensor.scatter_add(x, 0, rows_of(y), y[1:]),
+    "addr": lambda x, y: torch.addr(x, y.sum(1), torch.ones(D)),
     "three terms": lambda x, y: torch.stack([x, y, 2 * y]).sum(0),
 }
 
@@ -106,6 +117,10 @@ def test_terms_of_a_hand_built_graph():
     for node, expected in scales.values():
         assert [t.scale for t in sum_of(node).terms] == expected
     assert sum_of(graph.call_function(operator.add, (x, x))) is None
+    assert sum_of(graph.call_method("scatter_reduce", (x, 0, z, y, "mean"))) is None
+    assert sum_of(graph.call_method("scatter_reduce", (x, 0, z, y, "sum"), {"include_self": False})) is None
+    assert sum_of(graph.call_method("scatter", (x, 0, z, y))) is None
+    assert sum_of(graph.call_method("index_put", (x, (z,), y))) is None
     assert sum_of(graph.call_function(operator.add, (x, 1))) is None
 
 

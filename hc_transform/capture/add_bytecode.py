@@ -14,8 +14,9 @@ from torch import nn
 
 ADD_NAMES = frozenset(
     "add add_ iadd __add__ __radd__ __iadd__ sum sub sub_ isub rsub subtract subtract_ __sub__ __rsub__ __isub__ lerp "
-    "lerp_ addcmul addcmul_ addcdiv addcdiv_ addmm addmm_ addmv addmv_ addbmm addbmm_ baddbmm baddbmm_ index_add "
-    "index_add_".split()
+    "lerp_ addcmul addcmul_ addcdiv addcdiv_ addmm addmm_ addmv addmv_ addr addr_ addbmm addbmm_ baddbmm baddbmm_ "
+    "index_add index_add_ scatter_add scatter_add_ scatter_reduce scatter_reduce_ scatter scatter_ index_put "
+    "index_put_".split()
 )
 ADD_OPERATORS = frozenset({"+", "+=", "-", "-="})
 ADD_INSTRUCTIONS = frozenset({"BINARY_ADD", "INPLACE_ADD", "BINARY_SUBTRACT", "INPLACE_SUBTRACT"})

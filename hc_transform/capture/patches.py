@@ -17,11 +17,12 @@ from torch.utils import _pytree as pytree
 
 from ..graphs.operations import FACTORIES, QUESTIONS, is_constant
 from ..threads import replaced
+from .add_bytecode import ADD_NAMES
 from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
 from .recorder import Recorder
 from .vmapped import record_vmap
 
-UNBOUND = "add add_ sub sub_ mul mul_ lerp lerp_ addcmul addcdiv addmm baddbmm index_add __add__ __sub__".split()
+UNBOUND = [name for name in sorted(ADD_NAMES | {"mul", "mul_"}) if hasattr(torch.Tensor, name)]
 
 
 class _RecordCalls(TorchFunctionMode):

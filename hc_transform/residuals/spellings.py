@@ -11,7 +11,7 @@ from torch import fx
 
 from ..graphs.dialects import name_of
 from ..graphs.operations import has_known_home, is_tensor
-from ..streams.mixing import scattered, summed_products
+from ..streams.mixing import put_entries, scattered, scattered_entries, summed_products
 
 ADDITIONS = frozenset("add iadd radd".split())
 SUBTRACTIONS = frozenset("sub isub subtract".split())
@@ -125,10 +125,19 @@ def _sum(node: fx.Node) -> Sum | None:
     if name == "index_add":
         a, dim, index, source, alpha = _arguments(node, "input", "dim", "index", "source", alpha=1)
         return _of(Term((a,)), Term((source,), scattered, (a, dim, index), alpha))
+    if name in ("scatter_add", "scatter_reduce", "scatter"):
+        last = {"reduce": None, "include_self": True} if name != "scatter_add" else {}
+        a, dim, index, source, *how = _arguments(node, "input", "dim", "index", "src", **last)
+        return _of(Term((a,)), Term((source,), scattered_entries, (a, dim, index))) if how in SUMMED else None
+    if name == "index_put":
+        a, indices, values, accumulate = _arguments(node, "input", "indices", "values", accumulate=False)
+        return _of(Term((a,)), Term((values,), put_entries, (a, indices))) if accumulate is True else None
     return _sum_of_stack(node) if name == "sum" else None
 
 
+SUMMED = ([], ["sum", True], ["add", True])  # how scatter_add, scatter_reduce and scatter add
 MATRIX_SUMS: dict[str, tuple[Callable[..., Any], str, str]] = {
+    "addr": (torch.outer, "vec1", "vec2"),
     "addmm": (torch.matmul, "mat1", "mat2"),
     "addmv": (torch.matmul, "mat", "vec"),
     "baddbmm": (torch.matmul, "batch1", "batch2"),

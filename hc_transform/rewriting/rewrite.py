@@ -298,8 +298,8 @@ class _TrunkRewriter:
         """Return the value of a term of the branch."""
         made = self.copies[term.factors[0]]
         if term.combine is not None:
-            given = (self.copies.get(a, a) if isinstance(a, fx.Node) else a for a in (*term.factors, *term.rest))
-            made = self.graph.call_function(term.combine, tuple(given))
+            given = fx.node.map_arg((*term.factors, *term.rest), lambda node: self.copies.get(node, node))
+            made = self.graph.call_function(term.combine, given)
         scale = self._scale(term)
         return made if scale is None else self.graph.call_function(operator.mul, (made, scale))
 

@@ -285,6 +285,16 @@ def scattered(source: Tensor, like: Tensor, dim: int, index: Tensor) -> Tensor:
     return source.new_zeros(like.shape).index_add(dim, index, source)
 
 
+def scattered_entries(source: Tensor, like: Tensor, dim: int, index: Tensor) -> Tensor:
+    """Return what ``scatter_add`` adds to ``like``."""
+    return source.new_zeros(like.shape).scatter_add(dim, index, source)
+
+
+def put_entries(source: Tensor, like: Tensor, indices: Sequence[Tensor | None]) -> Tensor:
+    """Return what ``index_put`` with ``accumulate=True`` adds to ``like``."""
+    return source.new_zeros(like.shape).index_put(tuple(indices), source, accumulate=True)
+
+
 def summed_products(a: Tensor, b: Tensor) -> Tensor:
     """Return the sum over a batch of matrix products, what ``addbmm`` adds."""
     return torch.bmm(a, b).sum(0)
