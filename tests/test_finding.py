@@ -445,3 +445,68 @@ def test_a_thousand_residuals_are_found_and_planned_in_seconds():
     plan = hct.make_plan(gm, hct.find_residuals(gm), hct.Options(connection="static"))
     assert [len(t.residuals) for t in plan.trunks] == [1000]
     assert time.process_time() - start < 10
+
+
+# -- values without features
+
+
+class ScoreLayer(nn.Module):
+    """Attention whose scores are added to those of the layer before (RealFormer, arXiv 2012.11747)."""
+
+    def __init__(self, dim=16, heads=2):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def forward(self, x, before):
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        scores = self.scale * (q @ k.mT)
+        if before is not None:
+            scores = scores + before
+        return x + self.out((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)), scores
+
+
+class Scores(nn.Module):
+    """Layers that hand scores on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(ScoreLayer() for _ in range(3))
+
+    def forward(self, x):
+        scores = None
+        for layer in self.layers:
+            x, scores = layer(x, scores)
+        return x
+
+
+class Fourier(nn.Module):
+    """x + FFT(x), without weights, then x + f(x) (FNet, arXiv 2105.03824)."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(16, 16)
+
+    def forward(self, x):
+        x = x + torch.fft.fft2(x).real
+        return x + self.f(x)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_sums_of_attention_scores_have_no_features_and_stay(scope):
+    torch.manual_seed(0)
+    model, x = Scores(), torch.randn(2, 5, 16)
+    hc = hct.convert(model, x, scope=scope)
+    assert len(hc.hc_report.converted) == 3
+    assert len(hc.hc_report.skipped) == 2
+    if scope == "graph":
+        assert {r.reason for r in hc.hc_report.skipped} == {hct.Reason.NO_FEATURES.value}
+    longer = torch.randn(2, 7, 16)
+    assert error(hc(longer), model(longer)) < 1e-5
+    asked = hct.convert(model, x, scope="graph", feature_axis=1)  # the heads: somebody knows better
+    assert len(asked.hc_report.converted) == 5
+
+
+def test_a_branch_without_weights_has_features():
+    hc = hct.convert(Fourier(), torch.randn(2, 5, 16))
+    assert len(hc.hc_report.converted) == 2

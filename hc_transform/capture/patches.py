@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from ..graphs.operations import FACTORIES, QUESTIONS, is_constant
+from ..graphs.source_lines import is_library_code
 from ..threads import replaced
 from .add_bytecode import ADD_NAMES
 from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
@@ -208,8 +209,7 @@ def _asked_of_torch(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
     def recorded(name: str, plain: Any) -> Any:
         @functools.wraps(plain)
         def ask(*args: Any, **kwargs: Any) -> Any:
-            by_torch = str(sys._getframe(1).f_globals.get("__name__")).startswith(("torch.", "hc_transform."))
-            if by_torch or not tracer.is_tracing():
+            if is_library_code(sys._getframe(1)) or not tracer.is_tracing():
                 return plain(*args, **kwargs)
             if name == "is_inference_mode_enabled":
                 return tracer.inference_mode_flag()

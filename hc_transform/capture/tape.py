@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,7 @@ from ..graphs.operations import Kind, set_item
 from ..graphs.passes import logged_pass
 from ..graphs.row_sums import unflatten_row_sums
 from ..graphs.shape_reads import LAYOUT_METHODS
-from ..graphs.source_lines import user_frame, user_lines
+from ..graphs.source_lines import is_library_code, user_frame, user_lines
 from ..models.compare import tensors_of
 from ..models.copies import compiled_from, copy_inputs, has_hooks, keep_plain_tensors
 from ..models.draws import host_states
@@ -135,7 +136,8 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        self.asks_layout = self.asks_layout or name in LAYOUT_METHODS
+        if name in LAYOUT_METHODS:  # torch's code asks too, and works on any layout
+            self.asks_layout = self.asks_layout or not is_library_code(sys._getframe(1))
         if self.inside_leaf:
             if self.used is not None:
                 known = (t for t in tensors_in((args, kwargs)) if id(t) in self.node_of or id(t) in self.attributes)

@@ -16,6 +16,7 @@ INTERNAL_FILES = (
         os.path.join(os.path.dirname(torch.__file__), *part.split("/"))
         for part in (
             "__init__.py",
+            "_dynamo/",
             "fx/",
             "overrides.py",
             "_ops.py",
@@ -68,6 +69,11 @@ def user_lines() -> tuple[str, ...]:
             break
         frame = frame.f_back
     return tuple(lines)
+
+
+def is_library_code(frame: Any) -> bool:
+    """Whether a frame runs code of torch or of this package."""
+    return str(frame.f_globals.get("__name__")).startswith(("torch.", "hc_transform."))
 
 
 def short_name(filename: str) -> str:

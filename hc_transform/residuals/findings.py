@@ -33,6 +33,7 @@ class Reason(enum.Enum):
     UNEVEN = "another call of its module, which nothing tells from this one, is left as it is"
     OTHER_STREAM = "a mixture of two values, one of which another stream makes of the other"
     UNUSED = "its value reaches no output"
+    NO_FEATURES = "no features: no axis of its value is one that its branch has weights for"
     PLAIN = "left plain: num_streams is 1"
 
 

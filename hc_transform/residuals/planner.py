@@ -7,15 +7,15 @@ import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import fx, nn
+from torch import fx
 
 from ..capture.kinds import Kinds
 from ..errors import PatternError, UnsupportedModel
-from ..graphs.dialects import location_of, name_of
-from ..graphs.operations import shape_of
+from ..graphs.dialects import location_of
 from ..graphs.passes import logged_pass
 from ..graphs.shape_reads import asks_layout
 from ..options import Options
+from .features import no_features
 from .findings import Findings, Reason, Residual, Skipped
 from .keys import with_keys
 from .nesting import among, without_nested
@@ -74,6 +74,11 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     short = [members for members in groups if len(members) < options.min_residuals]
     skipped += [as_skipped(r, Reason.SHORT, f"{len(members)}") for members in short for r in members]
     groups = [members for members in groups if members not in short]
+    if options.feature_axis is None:
+        modules = dict(graph_module.named_modules(remove_duplicate=False))
+        lengths = [members for members in groups if no_features(members, modules)]
+        skipped += [as_skipped(r, Reason.NO_FEATURES) for members in lengths for r in members]
+        groups = [members for members in groups if members not in lengths]
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     groups.sort(key=lambda members: order[members[0].add])
     trunks = _trunks(groups, passage)
@@ -144,58 +149,6 @@ def refuse_nonlinear(trunks: Iterable[Trunk], kinds: Kinds, options: Options) ->
                 f"{trunk.residuals[0].name}) carries a nonlinear operation: {node.name} at "
                 f"{location_of(node)}. Use init='paper', which holds across it."
             )
-
-
-LAYER_AXES = {
-    **dict.fromkeys("conv1d conv2d conv3d batch_norm group_norm instance_norm".split(), 1),
-    **dict.fromkeys("linear layer_norm rms_norm".split(), -1),
-}
-
-
-def feature_axis(residual: Residual, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
-    """Return the feature axis of a residual's value, -1 or 1, and its size (None if unknown).
-
-    The first layer of the branch tells: a convolution or batch norm has its features on axis 1,
-    a linear layer or layer norm on the last one, unless its size is that of the other axis alone (the
-    branch permutes its input). Layers whose size fits neither axis are passed over.
-    """
-    shape = shape_of(residual.skip)
-    for node in sorted(residual.region):
-        if shape is not None and node.op == "call_function" and name_of(node) in LAYER_AXES:
-            axis = LAYER_AXES[name_of(node)]
-            if len(shape) > 1 and shape_of(node.all_input_nodes[0]) == shape:
-                return axis, shape[axis]
-        if node.op != "call_module":
-            continue
-        for module in modules[str(node.target)].modules():
-            axis, size = _layer_axis(module)
-            if size is None:
-                continue
-            if shape is None:
-                return axis, size
-            for candidate in (axis, -1 if axis == 1 else 1):
-                if -len(shape) <= candidate < len(shape) and shape[candidate] == size:
-                    return candidate, size
-    if shape is None:
-        return -1, None
-    return (1, shape[1]) if len(shape) >= 4 and shape[1] > shape[-1] else (-1, shape[-1])
-
-
-def _layer_axis(module: nn.Module) -> tuple[int, int | None]:
-    """Return where a layer has its input features, and how many."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return 1, module.in_channels
-    if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)):
-        return 1, module.num_features
-    if isinstance(module, nn.GroupNorm):
-        return 1, module.num_channels
-    if type(module) is nn.Linear:
-        return -1, module.in_features
-    if type(module) is nn.LayerNorm or type(module) is nn.RMSNorm:
-        return -1, module.normalized_shape[-1]
-    if type(module) is nn.MultiheadAttention:
-        return -1, module.embed_dim
-    return -1, None
 
 
 def with_keys_of(plan: Plan, keys: Mapping[str, str], ends: Mapping[str, tuple[str, str]]) -> Plan:

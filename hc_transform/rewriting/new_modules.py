@@ -15,9 +15,10 @@ from ..connections.trunk_ends import LearnedReadout, StreamDropout, StreamEmbedd
 from ..errors import UnsupportedModel
 from ..graphs.dialects import is_lifted, value_of
 from ..graphs.operations import shape_of
+from ..residuals.features import feature_axis
 from ..residuals.findings import Residual
 from ..residuals.keys import DROPOUT_KEY, EXPAND, READOUT
-from ..residuals.planner import Plan, feature_axis
+from ..residuals.planner import Plan
 from ..residuals.trunks import Trunk
 
 
