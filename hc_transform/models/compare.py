@@ -208,7 +208,8 @@ def _is_array(value: Any) -> bool:
 
 
 def _from_array(value: Any) -> Tensor:
-    return torch.as_tensor(value.copy())
+    wide = {"f": "float64", "c": "complex128"}.get(value.dtype.kind) if value.dtype.itemsize > 8 else None
+    return torch.as_tensor(value.astype(wide) if wide else value.copy())  # torch has no long double
 
 
 def _dense(x: Tensor) -> Tensor:
