@@ -456,3 +456,65 @@ def test_a_decision_on_the_layout_of_a_trunk_value_sees_that_of_the_original(sca
     hc = hct.convert(model, x, scope=scope, connection=connection)
     for inputs in (x, torch.randn(3, D, 7), torch.randn(2, 5, D).mT):
         assert error(hc(inputs), model(inputs)) < 1e-5
+
+
+# -- objects within objects as outputs
+
+
+class Layer:
+    """Keys of one layer, as in a cache of transformers."""
+
+    def __init__(self):
+        self.keys = None
+
+
+class Cache:
+    """A list of layers."""
+
+    def __init__(self, depth):
+        self.layers = [Layer() for _ in range(depth)]
+
+
+class Ring:
+    """Holds itself."""
+
+    def __init__(self):
+        self.own, self.value = self, None
+
+
+class WithCache(nn.Module):
+    """Blocks whose inputs go into an object, which is returned."""
+
+    def __init__(self, make):
+        super().__init__()
+        self.blocks, self.make = stack(lambda block, y: y), make
+
+    def forward(self, x):
+        cache, kept = self.make(), []
+        for block in self.blocks:
+            kept.append(x)
+            x = block(x)
+        if isinstance(cache, Cache):
+            for layer, value in zip(cache.layers, kept, strict=True):
+                layer.keys = value
+        else:
+            cache.value = x
+        return x, cache
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_values_in_an_object_within_an_object_are_those_of_the_call(scope):
+    model, x = WithCache(lambda: Cache(2)), x_of()
+    hc = hct.convert(model, x, scope=scope)
+    for inputs in (x, x_of(2, D)):
+        cache, expected = hc(inputs)[1], model(inputs)[1]
+        assert type(cache) is Cache
+        for layer, other in zip(cache.layers, expected.layers, strict=True):
+            assert type(layer) is Layer
+            assert error(layer.keys, other.keys) < 1e-5
+
+
+def test_an_object_that_holds_itself_and_a_traced_value_is_refused_as_a_graph():
+    with pytest.raises(hct.HCTransformError):
+        hct.convert(WithCache(Ring), x_of(), scope="graph")
+    assert len(hct.convert(WithCache(Ring), x_of(), scope="auto").hc_report.converted) == 2

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from ..graphs import guards, meta
 from ..graphs.operations import set_item
+from ..models.state import OPAQUE
 from .asserts import assert_of, check_assert
 from .recorder import Recorder
 
@@ -121,6 +123,20 @@ class RebuiltObject:
         made: Any = self.cls.__new__(self.cls)
         made.__dict__.update(attributes)
         return made
+
+
+def holds_proxies(value: Any) -> bool:
+    """Whether a traced value is in an object that traced code made, or in what it holds."""
+    waiting, seen = [value], {id(value)}
+    while waiting:
+        held = getattr(waiting.pop(), "__dict__", {}).values()
+        for leaf in pytree.tree_leaves(list(held)):
+            if isinstance(leaf, fx.Proxy):
+                return True
+            if id(leaf) not in seen and type(getattr(leaf, "__dict__", None)) is dict and not isinstance(leaf, OPAQUE):
+                seen.add(id(leaf))
+                waiting.append(leaf)
+    return False
 
 
 class ValueProxy(fx.Proxy):

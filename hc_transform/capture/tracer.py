@@ -50,6 +50,7 @@ from .proxy import (
     FreshObject,
     RebuiltObject,
     ValueProxy,
+    holds_proxies,
     is_compiled,
 )
 from .python_state import Absent
@@ -124,6 +125,7 @@ class ValueTracer(fx.Tracer):
         self._aliases = Aliases()
         self._lasting: dict[int, bool] = {}  # memory of inputs, and of what modules hold: whether it is an input's
         self._objects: dict[int, tuple[Any, fx.Node]] = {}
+        self._rebuilding: list[Any] = []
         self._tensors: dict[str, ValueProxy] = {}  # parameters and buffers, by their paths
         self._stored: set[tuple[int, str]] = set()  # attributes that modules which stay whole have set in this call
         self._context = _context_state()
@@ -388,7 +390,7 @@ class ValueTracer(fx.Tracer):
         if id(a) not in self._objects:
             if self._is_of_a_module(a):
                 raise NotImplementedError(f"argument of type: {type(a)}")
-            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves(list(vars(a).values()))):
+            if holds_proxies(a):
                 return self._rebuilt(a)
             node = self.create_node("call_function", FreshObject(copy_inputs(a)), (), {})
             meta.TYPE.set(node, type(a))
@@ -397,9 +399,15 @@ class ValueTracer(fx.Tracer):
 
     def _rebuilt(self, a: Any) -> fx.Node:
         """Return a node that makes an object of values of the graph, such as an output of a class of the user's."""
-        fields = {name: self.create_arg(value) for name, value in vars(a).items()}
         cls: Any = type(a)
-        if not all(name.isidentifier() for name in fields) or type(cls.__new__(cls)) is not cls:
+        if any(a is other for other in self._rebuilding) or type(cls.__new__(cls)) is not cls:
+            raise NotImplementedError(f"argument of type: {type(a)}")
+        self._rebuilding.append(a)
+        try:
+            fields = {name: self.create_arg(value) for name, value in vars(a).items()}
+        finally:
+            self._rebuilding.pop()
+        if not all(name.isidentifier() for name in fields):
             raise NotImplementedError(f"argument of type: {type(a)}")
         node = self.create_node("call_function", RebuiltObject(type(a)), (), fields)
         meta.TYPE.set(node, type(a))
