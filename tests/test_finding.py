@@ -510,3 +510,41 @@ def test_sums_of_attention_scores_have_no_features_and_stay(scope):
 def test_a_branch_without_weights_has_features():
     hc = hct.convert(Fourier(), torch.randn(2, 5, 16))
     assert len(hc.hc_report.converted) == 2
+
+
+# -- masks made of a trunk value
+
+MASKS = {
+    "x * (x > 0)": lambda x: x * (x > 0),
+    "where": lambda x: torch.where(x > 0, x, 0.1 * x),
+    "not": lambda x: x * ~(x > 0),
+    "rows that are not empty": lambda x: x * (x.abs().sum(-1, keepdim=True) > 0),
+    "to float": lambda x: x * (x > 0).float(),
+}
+
+
+class Masked(nn.Module):
+    """x + f(x), masked by itself; the mask of the last value is returned too."""
+
+    def __init__(self, mask):
+        super().__init__()
+        self.blocks, self.mask = nn.ModuleList(Block() for _ in range(3)), mask
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = self.mask(x + block.f(x))
+        return x, x > 0
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_mask_of_a_trunk_value_is_one_of_each_stream_and_of_the_readout_for_others(mask):
+    torch.manual_seed(0)
+    model, x = Masked(MASKS[mask]), torch.randn(4, D)
+    hc = hct.convert(model, (x,), scope="graph")  # verified off the start too
+    assert {r.trunk for r in hc.hc_report.converted} == {0}
+    ours, theirs = hc(x), model(x)
+    assert error(ours[0], theirs[0]) < 1e-5
+    assert torch.equal(ours[1], theirs[1])
+    moved(hc)
+    out, kept = hc(x)
+    assert torch.equal(kept, out > 0)

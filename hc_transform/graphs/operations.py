@@ -120,6 +120,13 @@ def is_tensor(node: Any) -> bool:
     return issubclass(known, torch.Tensor) if known is not None else not is_shape_read(node)
 
 
+def holds_no_mean(node: fx.Node) -> bool:
+    """Whether a tensor is of whole numbers or of a mask, such as ``x > 0``: others see that of the readout."""
+    value, known = value_of(node), node.meta.get("tensor_meta")
+    dtype = value.dtype if isinstance(value, torch.Tensor) else getattr(known, "dtype", None)
+    return dtype is not None and not (dtype.is_floating_point or dtype.is_complex)
+
+
 def shape_of(node: fx.Node) -> torch.Size | None:
     """Return the shape of ``node`` on the example inputs, None where it is not known."""
     meta = node.meta.get("tensor_meta")

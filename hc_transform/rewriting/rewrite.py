@@ -18,7 +18,7 @@ from ..graphs import meta
 from ..graphs.aliases import lost_writes
 from ..graphs.dialects import location_of, takes_first
 from ..graphs.guards import CHECKS
-from ..graphs.operations import shape_of
+from ..graphs.operations import holds_no_mean, shape_of
 from ..graphs.passes import logged_pass
 from ..models.copies import REGISTERED_HOOKS
 from ..residuals.findings import Residual
@@ -370,10 +370,13 @@ class _TrunkRewriter:
 
 
 def _done_on_streams(trunk: Trunk) -> set[fx.Node]:
-    """Return the nodes of the plan's graph whose work is done on streams from now on."""
+    """Return the nodes of the plan's graph whose work is done on streams alone from now on."""
     gone = set(trunk.carried)
     for residual in trunk.residuals:
         gone.update((residual.add, *residual.absorbed, *residual.skip_ops))
+    for node in sorted(trunk.carried, reverse=True):
+        if holds_no_mean(node) and not gone.issuperset(node.users):
+            gone.discard(node)
     return gone
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from ..capture.kinds import Kinds, is_shape_read
 from ..graphs.dialects import has_several_outputs, name_of, statistics_of, takes_first
-from ..graphs.operations import Kind
+from ..graphs.operations import Kind, holds_no_mean
 from ..residuals.findings import Residual
 from ..residuals.planner import Plan
 from ..residuals.trunks import Trunk, readers_of
@@ -109,7 +109,9 @@ class ReferenceInterpreter(NamedInputs):
             like = self._sum(self.by_add[n], {})
         elif n in self.carried:
             carried, like = self._carry(n, {source: self._streams_at(source) for source in self.carried[n]})
-            self.streams[n] = self.rounded(carried)
+            self.streams[n] = carried if holds_no_mean(n) else self.rounded(carried)
+            if holds_no_mean(n):
+                return super().run_node(n)
         else:
             return super().run_node(n)
         return _laid_out(self._readout(self.streams[n], self.trunk_of[n]), like)
