@@ -518,3 +518,20 @@ def test_an_object_that_holds_itself_and_a_traced_value_is_refused_as_a_graph():
     with pytest.raises(hct.HCTransformError):
         hct.convert(WithCache(Ring), x_of(), scope="graph")
     assert len(hct.convert(WithCache(Ring), x_of(), scope="auto").hc_report.converted) == 2
+
+
+# -- scripted and traced modules in a branch
+
+
+def _traced(module):
+    return torch.jit.trace(module, torch.randn(4, D))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("compiled", [torch.jit.script, _traced], ids=["scripted", "traced"])
+def test_a_scripted_module_in_a_branch_is_called_as_it_is(compiled, scope):
+    model = stack(lambda block, y: y)
+    for block in model:
+        block.f = compiled(block.f)
+    check(None, x_of(), scope, model)

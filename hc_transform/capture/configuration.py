@@ -41,6 +41,8 @@ def configuration_of(module: nn.Module) -> Hashable:
 
 
 def _own(module: nn.Module, paths: dict[int, str]) -> tuple[Any, ...]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return (Itself(module),)  # its code is its own
     tensors = (*module._parameters.items(), *module._buffers.items())
     return (
         type(module),

@@ -321,6 +321,8 @@ class ValueTracer(fx.Tracer):
     def found_otherwise(self, module: nn.Module, name: str) -> Any:
         """Return what a module's ``__getattr__`` gives: a tensor, a module, or what the user's own does."""
         cls: Any = type(module)
+        if isinstance(module, torch.jit.ScriptModule):
+            return cls.__getattr__(module, name)
         path = (self.submodule_paths or {}).get(module)
         held = module._parameters.get(name, module._buffers.get(name))
         if path is not None and isinstance(held, torch.Tensor) and type(held) is not ValueProxy:

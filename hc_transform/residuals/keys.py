@@ -87,10 +87,9 @@ def added_modules(root: nn.Module) -> dict[str, nn.Module]:
 def take_out(root: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Take the new modules out of ``root``; return those that held them, each with what it held."""
     held = []
-    for module in root.modules():
-        connections = module._modules.pop(CONNECTIONS_NAME, None)
-        if connections is not None:
-            held.append((module, connections))
+    for module in list(root.modules()):
+        if CONNECTIONS_NAME in module._modules:
+            held.append((module, module._modules.pop(CONNECTIONS_NAME)))
     return held
 
 
