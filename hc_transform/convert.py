@@ -129,8 +129,8 @@ def convert(
         num_fractions: m, of "frac": fractions of each stream, by default 4.
         init: "paper" (one-hot reads) or "mirrored" (mean reads, writes mirrored around 1; only for
             trunks that carry nothing nonlinear).
-        readout: "mean"; "learned", weights that depend on the token and start as the mean; or "sum"
-            (which gives n times the original's value).
+        readout: "mean"; "learned", weights that depend on the token and start as the mean, at the end of each trunk
+            (values on its way are read out as the mean); or "sum" (which gives n times the original's value).
         include, exclude: patterns (``fnmatch``) on residual names or module paths.
         nested: of trunks that nest convert the "largest" only, or "all".
         feature_axis: the axis of features, where looking at the branch's layers would get it wrong.

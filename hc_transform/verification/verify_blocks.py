@@ -45,7 +45,6 @@ from .verify import (
 log = logging.getLogger("hc_transform")
 
 Streams = tuple[Tensor, ...]
-LEARNED = "between blocks streams are read out as their mean, at the end with the weights of readout='learned'"
 
 
 @again_beside_threads
@@ -79,7 +78,7 @@ def verify_blocks(
     start, explained = Judgement(), ""
     with without_stream_dropout(converted):
         found = outputs_compared(converted, plan, args, kwargs, expected)
-        apart = LEARNED if plan.options.readout == "learned" else not_covered(plan)
+        apart = not_covered(plan)
         pair = _Blocks(original, converted, plan, args, kwargs, tape, modules)
         covered = plan.residuals and not apart
         if is_wrong(found, bound, plan):
