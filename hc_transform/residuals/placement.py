@@ -9,7 +9,7 @@ expanded after.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -189,24 +189,26 @@ def _passed_between(plan: Plan) -> set[fx.Node]:
     """Return the carried operations that a trunk value does to each of its streams outside of blocks."""
     if plan.options.readout == "sum":
         return set()
-    go_on = {r.add for trunk in plan.trunks for r in trunk.residuals[:-1]}
-    held = go_on.union(*(trunk.carried for trunk in plan.trunks))
-
-    def is_held(value: Any) -> bool:
-        if not isinstance(value, fx.Node) or value in held:
-            return value in held
-        return name_of(value) in LINEAR and any(map(is_held, value.args))
-
-    return {node for trunk in plan.trunks for node in trunk.carried if _is_passed(node, trunk.carried[node], is_held)}
+    held = {r.add for trunk in plan.trunks for r in trunk.residuals[:-1]}  # those that may come as trunk values
+    held.update(node for trunk in plan.trunks for node in trunk.carried)
+    for node in plan.graph_module.graph.nodes:
+        if name_of(node) in LINEAR and any(_is_held(value, held) for value in node.args):
+            held.add(node)
+    return {n for trunk in plan.trunks for n in trunk.carried if _is_passed(n, trunk.carried[n], held)}
 
 
-def _is_passed(node: fx.Node, operands: tuple[fx.Node, ...], is_held: Callable[[Any], bool]) -> bool:
+def _is_held(value: Any, held: Collection[fx.Node]) -> bool:
+    return isinstance(value, fx.Node) and value in held
+
+
+def _is_passed(node: fx.Node, operands: tuple[fx.Node, ...], held: Collection[fx.Node]) -> bool:
     kwargs: dict[str, Any] = dict(node.kwargs)
     name, write = name_of(node), write_of(name_of(node), node.args, kwargs)
     if write is not None:
         return write.carried and operands == (write.target,)
-    held = [is_held(value) for value in node.args]
-    place = linear_operand(name, node.args, kwargs, held) if not any(map(is_held, kwargs.values())) else None
+    if any(_is_held(value, held) for value in kwargs.values()):
+        return False
+    place = linear_operand(name, node.args, kwargs, [_is_held(value, held) for value in node.args])
     return place is not None and operands == (node.args[place],)
 
 
@@ -408,7 +410,8 @@ def _blocks(
     blocks, notes = [], []
     for path, calls in by_path.items():
         several = len(calls) > 1
-        apart = len({steps[call] for call in calls}) == len(calls)
+        sets = {call: tuple(r.key for r in residuals[call]) for call in calls}
+        apart = len({(steps[call], sets[call]) for call in calls}) == len({steps[call] for call in calls})
         shared = several and (share_calls or not apart)
         plans = []
         keys: dict[str, str] = {}
@@ -432,9 +435,10 @@ def _blocks(
                 )
             )
         if several:
-            how = "one set of connections for each" if not shared else "one set of connections shared by all"
+            distinct = 1 if shared else len(set(sets.values()))
+            how = {1: "shared by all", len(calls): "for each"}.get(distinct, "for each place on their trunks")
             why = "" if apart or share_calls else " (its calls are not links of one chain, which would tell them apart)"
-            notes.append(f"{path or 'the root'} is called {len(plans)} times: {how}{why}.")
+            notes.append(f"{path or 'the root'} is called {len(calls)} times: one set of connections {how}{why}.")
         nodes = [node for call in calls for node in carried.get(call, ())]
         for residual in (r for call in calls for r in residuals[call]):
             nodes += (residual.add, *residual.absorbed, *residual.skip_ops)

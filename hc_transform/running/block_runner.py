@@ -240,7 +240,9 @@ class BlockRunner:
             leaves = leaves | {trunk.residuals[-1].name for trunk in plan.trunks}
             _refuse_end_of_streams(plan, self.plan)
         streams = _streams_of(original, args, kwargs)
-        plan = Plan(gm, linked(replace(call, leaves=leaves), plan, self.plan, self.options, streams), plan.skipped, self.options)
+        plan = Plan(
+            gm, linked(replace(call, leaves=leaves), plan, self.plan, self.options, streams), plan.skipped, self.options
+        )
         graph = rewritten_graph(gm, plan)
         adopt_constants(block, graph, gm)
         log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
