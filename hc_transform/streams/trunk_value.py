@@ -177,7 +177,7 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     held = [type(a) is TrunkValue for a in args]
     if any(held) and not any([type(v) is TrunkValue for v in kwargs.values()]):
         place = linear_operand(name, args, kwargs, held)
-        if place is not None and args[place].reduction == "mean":
+        if place is not None and args[place].reduction == "mean" and _recorded(args[place]):
             return _on_each(func, args, kwargs, place)
     result = func(*read_out(args), **read_out(kwargs))
     if not torch.compiler.is_dynamo_compiling():
@@ -186,6 +186,14 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             if any([result is seen for seen, _ in value.given.values()]):
                 return value  # what passes its input through, and functions that write without a name that tells
     return result
+
+
+def _recorded(value: TrunkValue) -> bool:
+    """Whether the gradients of the streams, if they have any, reach what is made of them now.
+
+    In the forward of a custom autograd function they do not: there they go by what stands for the streams in C++.
+    """
+    return torch.is_grad_enabled() or not any([stream.requires_grad for stream in value.streams])
 
 
 def _on_each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: int) -> Any:
