@@ -196,7 +196,7 @@ class ReferenceInterpreter(NamedInputs):
         mixed = _from_rows(mixed, self.fractions, axis)
         kept = torch.stack([self._sum(residual, {**zeros, skip: stream}) for stream in mixed])
         written = kept + _from_rows(given, self.fractions, axis)
-        self.written[residual.name] = written
+        self.written[residual.name] = written.detach()
         return written.to(torch.promote_types(streams.dtype, branch.dtype))
 
     def _sum(self, residual: Residual, given: Mapping[fx.Node, Tensor]) -> Tensor:
