@@ -145,7 +145,7 @@ class BlockRunner:
     def _alike(self, block: nn.Module, key: Any) -> Any:
         """Return what is equal for calls of blocks that do the same, as far as can be told without running them."""
         plan, call = self.plan, self.calls[key[0]]
-        begins = call.begins if self.options.stream_embedding or not _begins_all(call) else None
+        begins = _begun(call, self.options)
         place = call.step if plan.counted else None
         own = (*plan.keys.items(), *plan.ends.items())
         what = (plan.scopes, plan.counted, own, call.known, call.leaves, begins, call.trunks, place)
@@ -265,6 +265,11 @@ def _begins_all(call: CallPlan) -> bool:
     return all(own <= call.begins for own in call.trunks)
 
 
+def _begun(call: CallPlan, options: Options) -> frozenset[str]:
+    """Return the names on trunks that a graph begins by itself; a call in which all begin is given no streams."""
+    return call.begins if options.stream_embedding or not _begins_all(call) else frozenset()
+
+
 def linked(
     call: CallPlan, plan: Plan, block: BlockPlan, options: Options, streams: Collection[str] = ()
 ) -> tuple[Trunk, ...]:
@@ -294,8 +299,7 @@ def linked(
         first, last = trunk.residuals[0], trunk.residuals[-1]
         entry: fx.Node | None = None
         given = flow.trunk_value(first.skip)
-        begins = first.name in call.begins and (options.stream_embedding or not _begins_all(call))
-        if given is not None and not begins:
+        if given is not None and first.name not in _begun(call, options):
             entry = given
             carried.update(flow.way_to(first.skip))
         exits = []
