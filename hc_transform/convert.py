@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
+import torch
 from torch import nn
 from torch.export import ExportedProgram
 
@@ -25,7 +26,7 @@ from .graphs.dialects import name_of
 from .models.compare import compare
 from .models.copies import clone_structure
 from .models.examples import example_inputs
-from .models.state import generators_seeded, no_inference_mode
+from .models.state import generators_seeded, no_inference_mode, runs_with_gradients
 from .refusals import refuse_meta_device, refuse_unsupported
 from .request import Example, Request, checked_example, request_of
 from .residuals.find import find_residuals
@@ -129,8 +130,8 @@ def convert(
         num_fractions: m, of "frac": fractions of each stream, by default 4.
         init: "paper" (one-hot reads) or "mirrored" (mean reads, writes mirrored around 1; only for
             trunks that carry nothing nonlinear).
-        readout: "mean"; "learned", weights that depend on the token and start as the mean; or "sum"
-            (which gives n times the original's value).
+        readout: "mean"; "learned", weights that depend on the token and start as the mean, at the end of each trunk
+            (values on its way are read out as the mean); or "sum" (which gives n times the original's value).
         include, exclude: patterns (``fnmatch``) on residual names or module paths.
         nested: of trunks that nest convert the "largest" only, or "all".
         feature_axis: the axis of features, where looking at the branch's layers would get it wrong.
@@ -218,11 +219,17 @@ def _converted(model: Any, args: Any, kwargs: Any, request: Request) -> tuple[nn
     # New parameters are to be ordinary ones, and what is compiled in the model is looked into.
     with no_inference_mode(), generators_seeded(model), uncompiled():
         example = example or example_inputs(model)
-        expected = None if example is None else _run(model, example)
-        full = full_mode(model, example)
-        if full is None:
-            return _convert(model, example, expected, request)
-        return _convert_in_full(model, full, example, expected, request)
+        expected, note = (None, "") if example is None else _run(model, example)
+        with runs_with_gradients(bool(note)):
+            full = full_mode(model, example)
+            if full is None:
+                made: tuple[Any, Plan] = _convert(model, example, expected, request)
+            else:
+                made = _convert_in_full(model, full, example, expected, request)
+        if note:
+            report = made[0].hc_report
+            made[0].__dict__["hc_report"] = replace(report, notes=(*report.notes, note))
+        return made
 
 
 def _refuse_choices_of_python(request: Request) -> None:
@@ -238,18 +245,39 @@ def _refuse_choices_of_python(request: Request) -> None:
     )
 
 
-def _run(model: nn.Module, example: Example) -> Any:
-    """Return the model's outputs on inputs, which are to fit it."""
+def _run(model: nn.Module, example: Example) -> tuple[Any, str]:
+    """Return the model's outputs on inputs, which are to fit it, and a note if it takes gradients to get them.
+
+    It does where the caller has them and the model gives others without: its code asks for the grad mode or for
+    gradients, or torch takes another way, as it does for an encoder with a padding mask.
+    """
     bind_inputs(model, *example)
+    error: Exception | None = None
+    outputs = None
     try:
-        return run_like(model, *example)
+        outputs = run_like(model, *example)
     except NEVER_HIDDEN:
         raise
-    except Exception as error:
+    except Exception as failure:  # noqa: BLE001  # whatever the user's code raises
+        error = failure
+    if torch.is_grad_enabled():
+        with contextlib.suppress(Exception), runs_with_gradients(True):
+            recorded = run_like(model, *example)
+            name = type(model).__name__
+            if error is not None:
+                return recorded, f"{name} itself fails without gradients: it was run with them."
+            found = compare(recorded, outputs)
+            if not found.error <= tolerance_of(outputs, model):
+                return recorded, (
+                    f"Without gradients {name} itself gives other outputs, by {found.error:.1e} (relative): it was run "
+                    "with them, as convert was called."
+                )
+    if error is not None:
         raise TraceError(
             f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
             "Give inputs with args= and kwargs= that the model runs on."
         ) from error
+    return outputs, ""
 
 
 def _convert(model: nn.Module, example: Example | None, expected: Any, request: Request) -> tuple[nn.Module, Plan]:

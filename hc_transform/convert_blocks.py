@@ -14,6 +14,7 @@ from .capture.tape import Tape, record
 from .capture.trace import describe
 from .connections import Connection
 from .errors import NEVER_HIDDEN, OUT_OF_RESOURCES, HCTransformError, TraceError
+from .graphs import meta
 from .models.copies import clone_structure, compiled_from, in_other_mode
 from .models.selection import Hints
 from .options import Options
@@ -24,7 +25,7 @@ from .residuals.keys import DROPOUT_KEY, EXPAND, READOUT, added_modules, relativ
 from .residuals.placement import BlockPlan, BlocksPlan, container, find_holders, in_some_calls, plan_blocks
 from .residuals.planner import Plan, make_plan, selected
 from .residuals.report import has_nothing, nothing_to_convert, report_of
-from .residuals.trunks import as_skipped
+from .residuals.trunks import Trunk, as_skipped
 from .rewriting.new_modules import expand_key, make_connections, make_ends, other_parameters, readout_key
 from .running.block_module import install
 from .running.block_runner import RUNNER, BlockError, BlockRunner, reads_training
@@ -225,15 +226,23 @@ def _end_key(residual: Residual, block: BlockPlan, end: str) -> str:
 
 
 def _owners(planned: BlocksPlan) -> list[str]:
-    """Return the modules whose code hands streams from one block to another."""
-    owners = []
+    """Return the modules whose code hands streams from one block to another, and those of no other trunk."""
+    owners: dict[str, Trunk] = {}
+    within: dict[str, set[int]] = {}  # the trunks that go through a module and come out of it
     for trunk in planned.plan.trunks:
-        stacks = [container((r.add,)) for r in trunk.residuals]
-        common = container([r.add for r in trunk.residuals])
-        if len({stack for stack in stacks}) > 1 and common[-1].path not in owners:
-            owners.append(common[-1].path)
+        adds = [r.add for r in trunk.residuals]
+        common = container(adds)
+        if len({container((add,)) for add in adds}) > 1:
+            owners.setdefault(common[-1].path, trunk)
+            for call in (c for node in (*adds, *trunk.carried) for c in meta.CALLS.of(node)[len(common) :]):
+                within.setdefault(call.path, set()).add(trunk.index)
     blocks = {block.path for block in planned.blocks}
-    return [path for path in owners if not any(path == b or path.startswith(b + ".") for b in blocks if b or not path)]
+    return [
+        path
+        for path, trunk in owners.items()
+        if within.get(path, set()) <= {trunk.index}
+        and not any(path == b or path.startswith(b + ".") for b in blocks if b or not path)
+    ]
 
 
 def _run_in_other_mode(

@@ -255,7 +255,7 @@ READS = {
 @pytest.mark.parametrize("read", READS)
 def test_whoever_looks_sees_the_readout(read):
     value, leaves = trunk_value()
-    ours, theirs = READS[read](value), READS[read](sum(leaves) / N)
+    ours, theirs = read_out(READS[read](value)), READS[read](sum(leaves) / N)
     assert type(ours) is type(theirs)
     close = torch.allclose(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
     assert close or ours == pytest.approx(theirs)
@@ -367,6 +367,24 @@ def test_streams_between_compiled_blocks_cost_nothing():
         torch.compile(hc, backend=aot_autograd(fw_compiler=count), fullgraph=True)(x)
     names = {str(node.target) for node in graphs[0]}
     assert not {name for name in names if "full" in name or "empty" in name or "expand" in name or "alias" in name}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_sums_and_multiples_are_those_of_each_stream(compiled):
+    position = torch.randn(D)
+    _, hc = converted(lambda x: position - 2 * x.add(position) / 3)
+    moved(hc)
+    x = torch.randn(2, D)
+    with torch.no_grad():
+        streams = None
+        for layer in hc.layers:
+            made = layer(x if streams is None else TrunkValue(streams))
+            streams = made.streams if type(made) is TrunkValue else (made,)
+            streams = tuple(position - 2 * (s + position) / 3 for s in streams)
+        expected = sum(streams) / len(streams)
+        torch._dynamo.reset()
+        actual = torch.compile(hc, backend="aot_eager", fullgraph=True)(x) if compiled else hc(x)
+    torch.testing.assert_close(read_out(actual), expected)
 
 
 def test_a_block_compiled_by_itself_takes_and_gives_streams():

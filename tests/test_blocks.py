@@ -234,7 +234,7 @@ class Changing(Stack):
     def forward(self, x):
         for i, block in enumerate(self.blocks):
             if i == 1:
-                x = x + self.position(x)
+                x = torch.tanh(x + self.position(x))
             x = block(x)
         return x
 

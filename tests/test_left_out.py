@@ -174,7 +174,7 @@ class Reads(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.blocks[1](self.blocks[0](x))
-        return self.blocks[2](x * 0.5)
+        return self.blocks[2](torch.tanh(x))
 
 
 @pytest.mark.parametrize("scope", SCOPES)

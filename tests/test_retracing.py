@@ -61,6 +61,27 @@ def test_torch_fx_traces_a_converted_model(scope: str, around: bool) -> None:
             torch.testing.assert_close(torch.as_tensor(traced.train(train)(x)), expected)
 
 
+class Between(nn.Module):
+    """Adds to the value between its blocks, and multiplies it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.add(2 * block(x), 1).sub(0.5)
+        return x
+
+
+def test_a_trace_keeps_streams_through_sums_between_blocks() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 8)
+    hc = moved(hct.convert(Between().eval(), (x,), scope="blocks"), seed=0)
+    assert {r.trunk for r in hc.hc_report.converted} == {0}
+    torch.testing.assert_close(torch.as_tensor(fx.symbolic_trace(hc)(x)), torch.as_tensor(hc(x)))
+
+
 def test_a_traced_graph_keeps_its_decisions() -> None:
     hc = hct.convert(Net().eval(), (torch.randn(2, 5, 8),), scope="graph")
     traced = fx.symbolic_trace(hc)

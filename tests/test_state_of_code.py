@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import functools
 import types
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -364,3 +365,101 @@ def test_compiled_code_notices_it_too(name: str, value: Any, scope: str) -> None
             setattr(m.get_submodule("1"), name, value)
         assert error(hc(x), model(x)) < 1e-5  # once in eager mode, which traces again
         assert error(compiled(x), model(x)) < 1e-5
+
+
+class AsksForGradMode(nn.Module):
+    """Does twice as much with gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.last = nn.ModuleList(Plain() for _ in range(2)), nn.Linear(8, 8)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        y = self.last(x)
+        return x + (2 * y if torch.is_grad_enabled() else y)
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + torch.tanh(self.f(x))
+
+
+@pytest.mark.parametrize("recorded", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_model_is_converted_in_the_grad_mode_of_the_caller(scope, recorded):
+    torch.manual_seed(0)
+    model, x = AsksForGradMode(), torch.randn(2, 8)
+    with torch.set_grad_enabled(recorded):
+        hc = hct.convert(model, (x,), scope=scope)
+    assert "Not verified" not in str(hc.hc_report) and len(hc.hc_report.converted) == 3
+    assert ("Without gradients" in str(hc.hc_report)) == recorded
+    for called in (False, True):
+        with torch.set_grad_enabled(called):
+            torch.testing.assert_close(torch.as_tensor(hc(x)), model(x))
+
+
+class Force(nn.Module):
+    """The gradient of an energy, as models of molecules give it."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks, self.head = nn.ModuleList(Plain() for _ in range(2)), nn.Linear(8, 1)
+
+    def forward(self, x):
+        x = x.detach().requires_grad_(True)
+        h = x
+        for block in self.blocks:
+            h = block(h)
+        energy = self.head(h).sum()
+        return energy, torch.autograd.grad(energy, x, create_graph=self.training)[0]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_gradients_within_a_forward(scope):
+    torch.manual_seed(0)
+    model, x = Force().eval(), torch.randn(2, 8)
+    hc = hct.convert(model, (x,), scope=scope)
+    assert "fails without gradients" in str(hc.hc_report) and "Not verified" not in str(hc.hc_report)
+    torch.testing.assert_close(hc(x), model(x))
+    with torch.no_grad(), pytest.raises(hct.TraceError, match="fails on the example inputs"):
+        hct.convert(model, (x,), scope=scope)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_padding_mask_that_torch_decides_on_by_the_grad_mode(scope):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2).eval()
+    x, mask = torch.randn(2, 5, 8), torch.arange(5) >= torch.tensor([[4], [3]])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        hc = hct.convert(model, (x,), {"src_key_padding_mask": mask}, scope=scope)
+    assert "Without gradients TransformerEncoder itself gives other outputs" in str(hc.hc_report)
+    expected = model(x, src_key_padding_mask=mask)
+    torch.testing.assert_close(torch.as_tensor(hc(x, src_key_padding_mask=mask)), expected)
+
+
+def test_out_in_a_forward_that_runs_without_gradients():
+    class Overwrites(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.f, self.g = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = x * 1
+            torch.add(x, self.f(x), out=x)
+            return x.clamp_(-1, 1) + self.g(x)
+
+    torch.manual_seed(0)
+    model, x = Overwrites(), torch.randn(2, 8)
+    with torch.no_grad():
+        for scope in SCOPES:
+            hc = hct.convert(model, (x,), scope=scope)
+            assert len(hc.hc_report.converted) == 2
+            torch.testing.assert_close(torch.as_tensor(hc(x)), model(x))

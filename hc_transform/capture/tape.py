@@ -33,7 +33,7 @@ from ..graphs.source_lines import is_library_code, user_frame, user_lines
 from ..models.compare import tensors_of
 from ..models.copies import compiled_from, copy_inputs, has_hooks, keep_plain_tensors
 from ..models.draws import host_states
-from ..models.state import seed_generators, state_restored
+from ..models.state import grad_mode_of_runs, seed_generators, state_restored
 from ..streams.in_place import version_of
 from ..threads import replaced, uncompiled
 from .add_bytecode import INLINED_FROM_TORCH, may_add
@@ -93,7 +93,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Run ``model`` once and return the tape. State and random numbers are put back afterwards."""
     args, kwargs = copy_inputs(tuple(args)), copy_inputs(dict(kwargs))
     recorder = _Recorder(model)
-    with state_restored(model), shared_state_restored(model), torch.no_grad(), uncompiled(), recorder.patched():
+    with state_restored(model), shared_state_restored(model), grad_mode_of_runs(), uncompiled(), recorder.patched():
         seed_generators()
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         for tensor in inputs:

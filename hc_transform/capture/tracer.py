@@ -506,6 +506,9 @@ class ValueTracer(fx.Tracer):
             return UNKNOWN, []
         if kind == "call_module" and self.calls.get(target, ()) is None:
             self.calls[target] = (args, kwargs)
+        if target is torch.autograd.grad:
+            self.needs_gradients()
+            bool(self.grad_mode_flag())
         draws = _may_draw(kind, target, args)
         if draws:
             self._refuse_draws(self._paths[-1])

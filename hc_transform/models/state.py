@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import contextvars
 import random
 import sys
 import types
@@ -28,6 +29,24 @@ def no_inference_mode() -> Iterator[None]:
     recorded = torch.is_grad_enabled()
     with torch.inference_mode(False), torch.set_grad_enabled(recorded):
         yield
+
+
+_WITH_GRADIENTS = contextvars.ContextVar("with_gradients", default=False)
+
+
+@contextlib.contextmanager
+def runs_with_gradients(wanted: bool) -> Iterator[None]:
+    """Run models with gradients meanwhile, where conversion runs them."""
+    before = _WITH_GRADIENTS.set(wanted)
+    try:
+        yield
+    finally:
+        _WITH_GRADIENTS.reset(before)
+
+
+def grad_mode_of_runs() -> torch.set_grad_enabled:
+    """Return what sets the grad mode that a model is run in: gradients cost memory, and few models ask for them."""
+    return torch.set_grad_enabled(_WITH_GRADIENTS.get())
 
 
 @contextlib.contextmanager

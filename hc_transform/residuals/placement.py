@@ -2,21 +2,24 @@
 
 A residual lives in the innermost module call that leads from the skip to the add by itself. The
 outermost of those modules are the blocks. Two residuals of one trunk in different blocks stay on
-one trunk if the value goes from the one block to the other as it is; where the code between them
-changes it, the trunk is cut: read out before, expanded after.
+one trunk if the value goes from the one block to the other as it is, or through sums and multiples, which a trunk
+value does to each of its streams; where the code between them changes it otherwise, the trunk is cut: read out before,
+expanded after.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
 from ..capture.tape import Call
 from ..graphs import meta
-from ..graphs.dialects import location_of
+from ..graphs.dialects import location_of, name_of
+from ..streams.in_place import write_of
+from ..streams.linear_ops import LINEAR, linear_operand
 from .findings import Reason, Residual, Skipped
 from .identity import Identity, identities, relative_path
 from .keys import relative
@@ -37,6 +40,7 @@ class CallPlan:
         known: what all residuals of the call are known by, those left plain among them, under the names that
             their connections have in the block.
         leaves: those of these names after which the streams go on to another block.
+        begins: those on trunks that begin in the call.
         trunks: the names on each trunk that passes through the call.
     """
 
@@ -44,6 +48,7 @@ class CallPlan:
     residuals: tuple[str, ...]
     known: tuple[Identity, ...]
     leaves: frozenset[str]
+    begins: frozenset[str]
     trunks: tuple[frozenset[str], ...]
 
 
@@ -114,14 +119,15 @@ def plan_blocks(
     stacks = {r.add: holders[r.add] for r in plan.residuals}
     needed = {stack[-1].path for stack in stacks.values()}
     homes = _homes(stacks, needed)
+    between = _passed_between(plan)
     if not apart:
-        needed |= _around_parts(plan.trunks, stacks, homes).difference(refused)
+        needed |= _around_parts(plan.trunks, stacks, homes, between).difference(refused)
         homes = _homes(stacks, needed)
     whole = [
         replace(t, residuals=tuple(replace(r, region=inside(r, homes[r.add])) for r in t.residuals))
         for t in plan.trunks
     ]
-    trunks, cuts = _cut(whole, homes, apart)
+    trunks, cuts = _cut(whole, homes, between, apart)
     least = plan.options.min_residuals
     short = [r for t in trunks if len(t.residuals) < least for r in t.residuals]
     trunks = [t for t in trunks if len(t.residuals) >= least]
@@ -140,7 +146,10 @@ def _homes(stacks: Mapping[fx.Node, tuple[Call, ...]], needed: Collection[str]) 
 
 
 def _around_parts(
-    trunks: Iterable[Trunk], stacks: Mapping[fx.Node, tuple[Call, ...]], homes: Mapping[fx.Node, Call]
+    trunks: Iterable[Trunk],
+    stacks: Mapping[fx.Node, tuple[Call, ...]],
+    homes: Mapping[fx.Node, Call],
+    between: Collection[fx.Node],
 ) -> set[str]:
     """Return the modules around parts of a trunk whose own code does something to its streams, as a group of blocks.
 
@@ -150,7 +159,7 @@ def _around_parts(
     for trunk in trunks:
         adds = {r.add for r in trunk.residuals}
         for residual in trunk.residuals:
-            for node in _on_the_way(residual, trunk, adds, homes)[1]:
+            for node in _on_the_way(residual, trunk, adds, homes, between)[1]:
                 calls = meta.CALLS.of(node)
                 if calls and calls[-1].path:
                     held = [add for add in adds if calls[-1] in stacks[add]]
@@ -160,13 +169,47 @@ def _around_parts(
 
 
 def _on_the_way(
-    residual: Residual, trunk: Trunk, adds: set[fx.Node], homes: Mapping[fx.Node, Call]
+    residual: Residual,
+    trunk: Trunk,
+    adds: set[fx.Node],
+    homes: Mapping[fx.Node, Call],
+    between: Collection[fx.Node],
 ) -> tuple[set[fx.Node], list[fx.Node]]:
-    """Return what the way to a residual's skip begins with, and the operations on it that no block there does."""
+    """Return what the way to a residual's skip begins with, and the operations on it that are done on no streams."""
     way = way_between(residual.skip, trunk.carried, adds)
     ends = {residual.skip, *(n for operands in way.values() for n in operands)} - way.keys()
     inside = {homes[add] for add in (residual.add, *ends.intersection(adds))}
-    return ends, [n for n in sorted(way) if not inside.intersection(meta.CALLS.of(n))]
+    outside = [n for n in sorted(way) if not inside.intersection(meta.CALLS.of(n))]
+    if all(len(operands) == 1 for operands in way.values()):  # one value comes to the block
+        outside = [n for n in outside if n not in between]
+    return ends, outside
+
+
+def _passed_between(plan: Plan) -> set[fx.Node]:
+    """Return the carried operations that a trunk value does to each of its streams outside of blocks."""
+    if plan.options.readout == "sum":
+        return set()
+    held = {r.add for trunk in plan.trunks for r in trunk.residuals[:-1]}  # those that may come as trunk values
+    held.update(node for trunk in plan.trunks for node in trunk.carried)
+    for node in plan.graph_module.graph.nodes:
+        if name_of(node) in LINEAR and any(_is_held(value, held) for value in node.args):
+            held.add(node)
+    return {n for trunk in plan.trunks for n in trunk.carried if _is_passed(n, trunk.carried[n], held)}
+
+
+def _is_held(value: Any, held: Collection[fx.Node]) -> bool:
+    return isinstance(value, fx.Node) and value in held
+
+
+def _is_passed(node: fx.Node, operands: tuple[fx.Node, ...], held: Collection[fx.Node]) -> bool:
+    kwargs: dict[str, Any] = dict(node.kwargs)
+    name, write = name_of(node), write_of(name_of(node), node.args, kwargs)
+    if write is not None:
+        return write.carried and operands == (write.target,)
+    if any(_is_held(value, held) for value in kwargs.values()):
+        return False
+    place = linear_operand(name, node.args, kwargs, [_is_held(value, held) for value in node.args])
+    return place is not None and operands == (node.args[place],)
 
 
 def container(nodes: Iterable[fx.Node]) -> tuple[Call, ...]:
@@ -290,7 +333,9 @@ def _around_stacks(holders: list[str], model: nn.Module) -> list[str]:
     return around
 
 
-def _cut(trunks: list[Trunk], homes: Mapping[fx.Node, Call], apart: str) -> tuple[list[Trunk], list[str]]:
+def _cut(
+    trunks: list[Trunk], homes: Mapping[fx.Node, Call], between: Collection[fx.Node], apart: str
+) -> tuple[list[Trunk], list[str]]:
     """Cut trunks where the code between two blocks changes the value."""
     pieces: list[Trunk] = []
     cuts: list[str] = []
@@ -298,7 +343,7 @@ def _cut(trunks: list[Trunk], homes: Mapping[fx.Node, Call], apart: str) -> tupl
         adds = {r.add for r in trunk.residuals}
         pending: list[Residual] = []
         for residual in trunk.residuals:
-            outside = _changed_on_the_way(residual, trunk, adds, homes) if pending else None
+            outside = _changed_on_the_way(residual, trunk, adds, homes, between) if pending else None
             if pending and apart and homes[pending[-1].add] != homes[residual.add]:
                 cuts.append(f"before {residual.name}: the code between blocks fails on streams ({apart})")
                 pieces.append(_piece(trunk, pending))
@@ -314,10 +359,14 @@ def _cut(trunks: list[Trunk], homes: Mapping[fx.Node, Call], apart: str) -> tupl
 
 
 def _changed_on_the_way(
-    residual: Residual, trunk: Trunk, adds: set[fx.Node], homes: Mapping[fx.Node, Call]
+    residual: Residual,
+    trunk: Trunk,
+    adds: set[fx.Node],
+    homes: Mapping[fx.Node, Call],
+    between: Collection[fx.Node],
 ) -> fx.Node | None:
     """Return the first operation outside of blocks between a residual and the one before, if any."""
-    ends, outside = _on_the_way(residual, trunk, adds, homes)
+    ends, outside = _on_the_way(residual, trunk, adds, homes, between)
     if not ends <= adds:
         return min(ends - adds)  # the residual before it went: its block stays as it is
     return next(iter(outside), None)
@@ -356,11 +405,13 @@ def _blocks(
         by_path.setdefault(call.path, []).append(call)
     carried = _by_call((node, node) for trunk in plan.trunks for node in trunk.carried)
     within = _by_call((r.add, r) for r in found)
+    firsts = {trunk.residuals[0].name for trunk in plan.trunks}
     trunk_of = {r.name: i for i, trunk in enumerate(plan.trunks) for r in trunk.residuals}
     blocks, notes = [], []
     for path, calls in by_path.items():
         several = len(calls) > 1
-        apart = len({steps[call] for call in calls}) == len(calls)
+        sets = {call: tuple(r.key for r in residuals[call]) for call in calls}
+        apart = len({(steps[call], sets[call]) for call in calls}) == len({steps[call] for call in calls})
         shared = several and (share_calls or not apart)
         plans = []
         keys: dict[str, str] = {}
@@ -372,19 +423,22 @@ def _blocks(
             on_trunks: list[set[str]] = [set() for _ in plan.trunks]
             for name, own_name in local.items():
                 on_trunks[trunk_of[name]].add(own_name)
+            begun = {local[name] for name in local.keys() & firsts}
             plans.append(
                 CallPlan(
                     steps[call],
                     tuple(r.name for r in residuals[call]),
                     identities(within.get(call, ()), names, path),
                     frozenset(local[name] for name in leaves.get(call, ())),
+                    frozenset(name for own in on_trunks if own & begun for name in own),
                     tuple(map(frozenset, on_trunks)),
                 )
             )
         if several:
-            how = "one set of connections for each" if not shared else "one set of connections shared by all"
+            distinct = 1 if shared else len(set(sets.values()))
+            how = {1: "shared by all", len(calls): "for each"}.get(distinct, "for each place on their trunks")
             why = "" if apart or share_calls else " (its calls are not links of one chain, which would tell them apart)"
-            notes.append(f"{path or 'the root'} is called {len(plans)} times: {how}{why}.")
+            notes.append(f"{path or 'the root'} is called {len(calls)} times: one set of connections {how}{why}.")
         nodes = [node for call in calls for node in carried.get(call, ())]
         for residual in (r for call in calls for r in residuals[call]):
             nodes += (residual.add, *residual.absorbed, *residual.skip_ops)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 
 from ..capture.kinds import Kinds
 from ..errors import PatternError, UnsupportedModel
+from ..graphs import meta
 from ..graphs.dialects import location_of
 from ..graphs.passes import logged_pass
 from ..graphs.shape_reads import asks_layout
@@ -81,7 +84,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
         groups = [members for members in groups if members not in lengths]
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
     groups.sort(key=lambda members: order[members[0].add])
-    trunks = _trunks(groups, passage)
+    trunks = _trunks(_shared(groups, kinds), passage)
     if options.plain:
         skipped += [as_skipped(r, Reason.PLAIN) for t in trunks for r in t.residuals]
         trunks = ()
@@ -91,6 +94,36 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     verdicts = [passed.get(verdict, verdict) for verdict in findings.skipped]
     options = replace(options, keep_layout=options.keep_layout or asks_layout(graph_module.graph))
     return Plan(graph_module, trunks, (*verdicts, *skipped), options)
+
+
+def _shared(groups: Sequence[list[Residual]], kinds: Kinds) -> list[list[Residual]]:
+    """Let the calls of a module on several trunks share their connections, as they share its weights.
+
+    Its calls on one trunk are links of a chain, with connections of their own: the first shares with the first on
+    another trunk, the second with the second.
+    """
+    place: dict[fx.Node, int] = {}  # of those that one call adds alike
+    seen: Counter[Any] = Counter()
+    for residual in sorted((r for members in groups for r in members), key=lambda r: r.add):
+        call = meta.CALLS.of(residual.add)[-1:] or meta.CALL.of(residual.add)
+        place[residual.add] = seen[call, _spelling(residual)]
+        seen[call, _spelling(residual)] += 1
+    keys: dict[Any, str] = {}
+    shared = []
+    for members in groups:
+        links: Counter[Any] = Counter()
+        chain = []
+        for residual in members:
+            alike = _spelling(residual), place[residual.add], feature_axis(residual, kinds.modules)
+            chain.append(replace(residual, key=keys.setdefault((alike, links[alike]), residual.key)))
+            links[alike] += 1
+        shared.append(chain)
+    return shared
+
+
+def _spelling(residual: Residual) -> tuple[str, str, str]:
+    """Return what residuals of several calls have in common."""
+    return residual.module, residual.name.partition(":")[0], residual.location
 
 
 def _trunks(groups: Sequence[list[Residual]], passage: Passage) -> tuple[Trunk, ...]:

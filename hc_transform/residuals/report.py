@@ -50,7 +50,8 @@ class Record:
         converted: whether it became a hyper-connection.
         reason: None, or why it was not converted.
         trunk: number of its trunk, None if it was not converted.
-        streams, connection, parameters: what it was converted into; parameters counts new ones.
+        streams, connection, parameters: what it was converted into; parameters counts new ones, at the first of those
+            that share them.
     """
 
     name: str
@@ -134,8 +135,11 @@ def report_of(
     records = []
     trunk_of = {r.add: trunk.index for trunk in plan.trunks for r in trunk.residuals}
     streams, connection = plan.options.num_streams, connection_name(plan.options.connection)
+    counted: set[int] = set()
     for r in plan.residuals:
-        count = None if connections is None else sum(p.numel() for p in connections[r.name].parameters())
+        own = () if connections is None else [p for p in connections[r.name].parameters() if id(p) not in counted]
+        counted.update(map(id, own))
+        count = None if connections is None else sum(p.numel() for p in own)
         trunk = trunk_of[r.add]
         records.append(Record(r.name, r.module, r.location, True, None, trunk, streams, connection, count))
     for s in plan.skipped:

@@ -99,6 +99,12 @@ def way_between(
     return way
 
 
+def at_end(trunk: Trunk) -> set[fx.Node]:
+    """Return the trunk values that no residual follows: those that ``readout="learned"`` weighs streams of."""
+    last = trunk.residuals[-1].add
+    return {last}.union(*(way_between(value, trunk.carried, (last,)) for value in trunk.ends))
+
+
 def boundary_before(value: fx.Node, passage: Passage, adds: Collection[fx.Node]) -> fx.Node | None:
     """Return the operation next to ``value`` that streams do not pass, if an earlier add of ``adds`` leads to it."""
     seen: set[fx.Node] = set()

@@ -43,15 +43,19 @@ def new_modules(connections: Mapping[str, Connection], plan: Plan) -> dict[str, 
 
 
 def make_connections(plan: Plan) -> dict[str, Connection]:
-    """Return a new connection for each residual of ``plan``, on its parameters' device.
+    """Return the connection of each residual of ``plan``, on its parameters' device: new, one for each key.
 
     Raises:
         UnsupportedModel: the connection needs the feature size and it is not known.
     """
     modules = dict(plan.graph_module.named_modules(remove_duplicate=False))
     made: dict[str, Connection] = {}
+    by_key: dict[str, Connection] = {}
     for trunk in plan.trunks:
         for index, residual in enumerate(trunk.residuals):
+            if residual.key in by_key:
+                made[residual.name] = by_key[residual.key]
+                continue
             axis, dim = features_of(residual, plan, modules)
             try:
                 with _MadeIn(_dtype_near(residual, modules)):
@@ -59,7 +63,7 @@ def make_connections(plan: Plan) -> dict[str, Connection]:
             except ValueError as error:
                 hint = "; give example inputs with args=, which show the size" if dim is None else ""
                 raise UnsupportedModel(f"{residual.name} ({residual.location}): {error}{hint}") from error
-            made[residual.name] = _like(connection, residual, modules)
+            made[residual.name] = by_key[residual.key] = _like(connection, residual, modules)
     return made
 
 

@@ -25,7 +25,7 @@ from ..residuals.findings import Residual
 from ..residuals.keys import DROPOUT_KEY, add_modules, label_of
 from ..residuals.planner import Plan
 from ..residuals.spellings import Term
-from ..residuals.trunks import Trunk, outer_first, readers_of, way_between
+from ..residuals.trunks import Trunk, at_end, outer_first, readers_of, way_between
 from ..streams import mixing as ops
 from ..streams import trunk_value
 from ..streams.carried import carry
@@ -344,7 +344,8 @@ class _TrunkRewriter:
 
     def _readout(self, value: fx.Node) -> fx.Node:
         streams, name = self.streams[value], f"{self.labels[value]}_readout"
-        if self.options.readout == "mean" or self.options.readout == "learned" and self.trunk.exits:
+        weighed = self.options.readout == "learned" and not self.trunk.exits and value in at_end(self.trunk)
+        if self.options.readout == "mean" or self.options.readout == "learned" and not weighed:
             return self._new(ops.readout, (streams,), name, value)
         if self.options.readout == "sum":
             return self._new(ops.readout, (streams, "sum"), name, value)

@@ -14,8 +14,10 @@ from typing import Any
 from torch import fx, nn
 
 from ..errors import UnsupportedModel
+from ..graphs.dialects import name_of
 from ..residuals.keys import add_modules
 from ..streams.hook_readouts import observe
+from ..streams.linear_ops import linear_operand
 from ..streams.trunk_value import read_out
 from .block_runner import BASE, RUNNER, BlockRunner
 
@@ -84,23 +86,34 @@ def _remade(base: Any) -> Any:
     return cls.__new__(cls)
 
 
-class TrunkProxy(fx.Proxy):
-    """A trunk value in another tracer's graph: its readout for everyone, its streams for the next block."""
-
-    def __init__(self, readout: fx.Proxy, streams: fx.Proxy) -> None:
-        super().__init__(readout.node, readout.tracer)
-        self.hc_streams = streams
-
-
 def _as_leaf(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Stand in another tracer's graph as one call."""
+    """Stand in another tracer's graph as one call, whose value is its readout for everyone but the next block."""
     tracer: Any = next(value for value in (*args, *kwargs.values()) if isinstance(value, fx.Proxy)).tracer
-    args = tuple(a.hc_streams if type(a) is TrunkProxy else a for a in args)
-    kwargs = {key: a.hc_streams if type(a) is TrunkProxy else a for key, a in kwargs.items()}
-    made = tracer.create_proxy("call_module", tracer.path_of_module(block), args, kwargs)
+    given, given_by_name = fx.node.map_aggregate((args, kwargs), _with_streams)
+    made = tracer.create_proxy("call_module", tracer.path_of_module(block), given, given_by_name)
     if not any(call.leaves for call in block.__dict__[RUNNER].plan.calls):
         return made
-    return TrunkProxy(tracer.create_proxy("call_function", read_out, (made,), {}), made)
+    return tracer.create_proxy("call_function", read_out, (made,), {})
+
+
+def _with_streams(value: Any) -> Any:
+    """Return the streams that another tracer's value is the readout of, or else the value."""
+    streams = _streams_of(value.node) if isinstance(value, fx.Proxy) else None
+    return value if streams is None else fx.Proxy(streams, value.tracer)
+
+
+def _streams_of(node: Any) -> fx.Node | None:
+    """Return the node of the streams that a node is the readout of, also through what is done to each stream."""
+    if not isinstance(node, fx.Node) or node.target is read_out:
+        return node.args[0] if isinstance(node, fx.Node) else None  # type: ignore[return-value]
+    if node.op not in ("call_function", "call_method"):
+        return None
+    found = [_streams_of(value) for value in node.args]
+    place = linear_operand(name_of(node), node.args, dict(node.kwargs), [value is not None for value in found])
+    if place is None or any(_streams_of(value) for value in node.kwargs.values()):
+        return None
+    args = (*node.args[:place], found[place], *node.args[place + 1 :])
+    return node.graph.create_node(node.op, node.target, args, node.kwargs)
 
 
 def block_graphs(model: nn.Module) -> dict[str, list[fx.Graph]]:

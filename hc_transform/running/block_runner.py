@@ -27,7 +27,7 @@ from ..options import Options
 from ..residuals.analysis import analyse_again, log_left_out
 from ..residuals.keys import EXPAND, READOUT, added_modules, take_out
 from ..residuals.passage import Flow, Passage
-from ..residuals.placement import BlockPlan
+from ..residuals.placement import BlockPlan, CallPlan
 from ..residuals.planner import Plan, refuse_nonlinear, with_keys_of
 from ..residuals.trunks import Trunk, flow_of, regrouped
 from ..rewriting.rewrite import rewritten_graph
@@ -73,6 +73,8 @@ class BlockRunner:
     def __call__(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the graph that fits the call."""
         number = 0 if len(self.calls) == 1 else self._number(args, kwargs)
+        if _begins_all(self.calls[number]) and any([type(v) is TrunkValue for v in (*args, *kwargs.values())]):
+            args, kwargs = read_out((args, kwargs))  # where the code before it changed the value
         if torch.compiler.is_compiling():
             return self._run_compiled(block, number, args, kwargs)
         if self.calls[number].leaves:
@@ -143,10 +145,10 @@ class BlockRunner:
     def _alike(self, block: nn.Module, key: Any) -> Any:
         """Return what is equal for calls of blocks that do the same, as far as can be told without running them."""
         plan, call = self.plan, self.calls[key[0]]
-        begins = call.step == 0 and self.options.stream_embedding
-        place = call.step if plan.counted else begins
+        begins = _begun(call, self.options)
+        place = call.step if plan.counted else None
         own = (*plan.keys.items(), *plan.ends.items())
-        what = (plan.scopes, plan.counted, own, call.known, call.leaves, call.trunks, place)
+        what = (plan.scopes, plan.counted, own, call.known, call.leaves, begins, call.trunks, place)
         return configuration_of(block), what, key[1:]
 
     def _traced(
@@ -238,7 +240,9 @@ class BlockRunner:
             leaves = leaves | {trunk.residuals[-1].name for trunk in plan.trunks}
             _refuse_end_of_streams(plan, self.plan)
         streams = _streams_of(original, args, kwargs)
-        plan = Plan(gm, linked(plan, leaves, call.step, self.plan, self.options, streams), plan.skipped, self.options)
+        plan = Plan(
+            gm, linked(replace(call, leaves=leaves), plan, self.plan, self.options, streams), plan.skipped, self.options
+        )
         graph = rewritten_graph(gm, plan)
         adopt_constants(block, graph, gm)
         log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
@@ -256,15 +260,24 @@ def _refuse_end_of_streams(plan: Plan, block: BlockPlan) -> None:
         )
 
 
+def _begins_all(call: CallPlan) -> bool:
+    """Whether every trunk of a call begins in it."""
+    return all(own <= call.begins for own in call.trunks)
+
+
+def _begun(call: CallPlan, options: Options) -> frozenset[str]:
+    """Return the names on trunks that a graph begins by itself; a call in which all begin is given no streams."""
+    return call.begins if options.stream_embedding or not _begins_all(call) else frozenset()
+
+
 def linked(
-    plan: Plan, leaves: frozenset[str], step: int, block: BlockPlan, options: Options, streams: Collection[str] = ()
+    call: CallPlan, plan: Plan, block: BlockPlan, options: Options, streams: Collection[str] = ()
 ) -> tuple[Trunk, ...]:
     """Return a block's trunks with the inputs that they begin with, and the outputs that go on as streams.
 
     Args:
+        call: what the graph is for.
         plan: of the block's graph.
-        leaves: names of the residuals after which streams go on.
-        step: how many block calls of the chain come before this one.
         block: whose graph it is.
         options: of the whole model.
         streams: names of the inputs that come as streams; where two inputs are added up, those go on.
@@ -286,11 +299,11 @@ def linked(
         first, last = trunk.residuals[0], trunk.residuals[-1]
         entry: fx.Node | None = None
         given = flow.trunk_value(first.skip)
-        if given is not None and not (options.stream_embedding and step == 0):
+        if given is not None and first.name not in _begun(call, options):
             entry = given
             carried.update(flow.way_to(first.skip))
         exits = []
-        if last.name in leaves:
+        if last.name in call.leaves:
             after = flow_of(trunk.residuals, passage)
             for value in output.all_input_nodes:
                 if is_tensor(value) and after.trunk_value(value) is last.add:
@@ -298,7 +311,7 @@ def linked(
                     carried.update(after.way_to(value))
             if not exits:
                 raise TraceError(f"the trunk of {block.path}.{last.name} does not reach the output of {block.path}")
-        passed = step + 1 if block.counted else 1
+        passed = call.step + 1 if block.counted else 1
         refuse_nonlinear([replace(trunk, carried=carried)], kinds, options)
         trunks.append(replace(trunk, carried=carried, entry=entry, exits=tuple(exits), steps=passed))
     return tuple(trunks)

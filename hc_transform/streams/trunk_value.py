@@ -2,7 +2,8 @@
 
 The code between blocks mostly hands the value on. Whoever looks at it sees its readout: a torch
 function, an operator, an attribute or a method of a :class:`TrunkValue` is that of the mean of its
-streams, and what writes into it moves all its streams.
+streams, and what writes into it moves all its streams. A sum with another value or a multiple is one of each
+stream (:mod:`hc_transform.streams.linear_ops`), which is the same to whoever looks.
 
 It is a real tensor, so that ``isinstance(x, torch.Tensor)`` takes the branch of a tensor: a subclass made
 by ``as_subclass``, with NaN for its values. Three things were weighed:
@@ -41,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..errors import UnsupportedModel
 from .in_place import Write, name_of, refusal, version_of, write_of
+from .linear_ops import linear_operand
 from .mixing import Streams, expand, readout, transformed
 
 OF_ONE_STREAM = frozenset(
@@ -172,6 +174,11 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if write is not None and type(write.target) is TrunkValue:
         if write.carried or write.random or torch.compiler.is_dynamo_compiling():
             return _written(write, func, args, kwargs)
+    held = [type(a) is TrunkValue for a in args]
+    if any(held) and not any([type(v) is TrunkValue for v in kwargs.values()]):
+        place = linear_operand(name, args, kwargs, held)
+        if place is not None and args[place].reduction == "mean" and _recorded(args[place]):
+            return _on_each(func, args, kwargs, place)
     result = func(*read_out(args), **read_out(kwargs))
     if not torch.compiler.is_dynamo_compiling():
         for value in trunk_values((args, kwargs)):
@@ -179,6 +186,28 @@ def _on_readouts(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
             if any([result is seen for seen, _ in value.given.values()]):
                 return value  # what passes its input through, and functions that write without a name that tells
     return result
+
+
+def _recorded(value: TrunkValue) -> bool:
+    """Whether the gradients of the streams, if they have any, reach what is made of them now.
+
+    In the forward of a custom autograd function they do not: there they go by what stands for the streams in C++.
+    """
+    return torch.is_grad_enabled() or not any([stream.requires_grad for stream in value.streams])
+
+
+def _on_each(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], place: int) -> Any:
+    """Return what a linear function makes of each stream of the trunk value at a place."""
+    value = args[place]
+    if not torch.compiler.is_dynamo_compiling():
+        settle(value)
+
+    def on(tensor: Tensor) -> Tensor:
+        return func(*args[:place], tensor, *args[place + 1 :], **kwargs)
+
+    made = hand_on(tuple([on(stream) for stream in value.streams]), value.step, value.reduction)
+    made.untouched = None if value.untouched is None else on(value.untouched)
+    return made
 
 
 def _written(write: Write, func: Any, args: Any, kwargs: Any) -> Any:

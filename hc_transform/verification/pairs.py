@@ -8,13 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from ..capture.watch import shared_state_restored
 from ..errors import NEVER_HIDDEN, HCTransformError
 from ..models.compare import compare, tensors_of
 from ..models.copies import copy_inputs
-from ..models.state import seed_generators, state_restored
+from ..models.state import grad_mode_of_runs, seed_generators, state_restored
 from ..residuals.planner import Plan
+from ..streams.trunk_value import is_trunk_value
 from .rounding import OUTPUTS, Judgement, Rounding, judge
 
 # Relative to the largest absolute value of each output. Start "paper" is exact up to the rounding of
@@ -27,9 +29,14 @@ def run_like(model: nn.Module, args: Any, kwargs: Any, forward: Callable[..., An
 
     The state of the model and of the generators (torch's, Python's, numpy's) is put back after.
     """
-    with state_restored(model), shared_state_restored(model), torch.no_grad():
+    with state_restored(model), shared_state_restored(model), grad_mode_of_runs():
         seed_generators()
-        return (forward or model)(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
+        outputs = (forward or model)(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
+    return pytree.tree_map(_detached, outputs, is_leaf=is_trunk_value)
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and not is_trunk_value(value) and value.requires_grad else value
 
 
 def tolerance_of(outputs: Any, model: nn.Module | None = None) -> float:

@@ -17,7 +17,7 @@ from ..graphs.dialects import has_several_outputs, name_of, statistics_of, takes
 from ..graphs.operations import Kind, holds_no_mean
 from ..residuals.findings import Residual
 from ..residuals.planner import Plan
-from ..residuals.trunks import Trunk, readers_of
+from ..residuals.trunks import Trunk, at_end, readers_of
 from ..rewriting.carried_ops import NORMS_OF_BATCHES
 from ..rewriting.new_modules import expand_key, readout_key
 from ..streams.mixing import FractionCoefficients
@@ -114,7 +114,7 @@ class ReferenceInterpreter(NamedInputs):
                 return super().run_node(n)
         else:
             return super().run_node(n)
-        return _laid_out(self._readout(self.streams[n], self.trunk_of[n]), like)
+        return _laid_out(self._readout(n), like)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
         """Return a node's arguments; where a branch begins, the read in place of the skip."""
@@ -137,11 +137,11 @@ class ReferenceInterpreter(NamedInputs):
             self.streams[value] = streams
         return self.streams[value]
 
-    def _readout(self, streams: Tensor, trunk: Trunk) -> Tensor:
-        streams = self.rounded(streams)
+    def _readout(self, value: fx.Node) -> Tensor:
+        streams, trunk = self.rounded(self.streams[value]), self.trunk_of[value]
         if self.readout == "sum":
             return streams.sum(0)
-        if self.readout == "mean":
+        if self.readout == "mean" or value not in at_end(trunk):
             return streams.mean(0)
         head: Any = self.modules[readout_key(trunk)]
         axis = head.feature_axis % (streams.dim() - 1) + 1
@@ -198,7 +198,7 @@ class ReferenceInterpreter(NamedInputs):
         mixed = _from_rows(mixed, self.fractions, axis)
         kept = torch.stack([self._sum(residual, {**zeros, skip: stream}) for stream in mixed])
         written = kept + _from_rows(given, self.fractions, axis)
-        self.written[residual.name] = written
+        self.written[residual.name] = written.detach()
         return written.to(torch.promote_types(streams.dtype, branch.dtype))
 
     def _sum(self, residual: Residual, given: Mapping[fx.Node, Tensor]) -> Tensor:

@@ -245,7 +245,7 @@ def described_difference(plan: Plan, wrong: Mapping[str, float]) -> str | None:
 
 def streams_error(streams: Any, expected: Tensor) -> float:
     """Return the largest error of streams, expected as ``[n, ...]``; 0 if it is within the bound."""
-    expected = expected.to(streams[0].dtype)
+    streams, expected = [stream.detach() for stream in streams], expected.to(streams[0].dtype)
     if len(streams) != len(expected):
         return math.inf
     error = largest_error(streams, expected)

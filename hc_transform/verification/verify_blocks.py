@@ -45,7 +45,6 @@ from .verify import (
 log = logging.getLogger("hc_transform")
 
 Streams = tuple[Tensor, ...]
-LEARNED = "between blocks streams are read out as their mean, at the end with the weights of readout='learned'"
 
 
 @again_beside_threads
@@ -79,7 +78,7 @@ def verify_blocks(
     start, explained = Judgement(), ""
     with without_stream_dropout(converted):
         found = outputs_compared(converted, plan, args, kwargs, expected)
-        apart = LEARNED if plan.options.readout == "learned" else not_covered(plan)
+        apart = not_covered(plan)
         pair = _Blocks(original, converted, plan, args, kwargs, tape, modules)
         covered = plan.residuals and not apart
         if is_wrong(found, bound, plan):
@@ -275,13 +274,14 @@ class _Names:
     def __init__(self, runner: BlockRunner) -> None:
         self.plan: BlockPlan = runner.plan
         self.calls = runner.calls
-        self.seen: Counter[str] = Counter()
+        self.seen: Counter[tuple[int, str]] = Counter()
 
     def of(self, number: int, local: str) -> str:
         """Return the name of the residual ``local`` of the graph of call ``number``."""
-        if not self.plan.shared:
-            return next((n for n in self.calls[number].residuals if relative(n, self.plan.path) == local), local)
-        first = [relative(name, self.plan.path) for name in self.plan.calls[0].residuals]
-        call = min(self.seen[local], len(self.plan.calls) - 1)
-        self.seen[local] += 1
-        return self.plan.calls[call].residuals[first.index(local)] if local in first else local
+        made_by = self.calls[0] if self.plan.shared else self.calls[number]
+        calls = [c for c in self.plan.calls if self.plan.shared or c.step == made_by.step]
+        first = [relative(name, self.plan.path) for name in made_by.residuals]
+        number = 0 if self.plan.shared else number
+        call = min(self.seen[number, local], len(calls) - 1)
+        self.seen[number, local] += 1
+        return calls[call].residuals[first.index(local)] if local in first else local
