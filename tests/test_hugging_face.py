@@ -289,3 +289,16 @@ def test_a_trainer_run(make, checkpointing, bf16, tmp_path, recwarn):
     fresh.tie_weights()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):  # in which the trainer leaves its model
         assert torch.equal(fresh.eval()(IDS).logits.float(), hc.eval()(IDS).logits.float())
+
+
+@pytest.mark.parametrize("scope", ["auto", "blocks"])
+def test_hooks_that_a_first_call_installs_are_installed_once(scope):
+    inputs = {"input_ids": IDS, "output_hidden_states": True, "output_attentions": True}
+    model = llama(attn_implementation="eager")
+    reference, hc = copy.deepcopy(model), hct.convert(model, kwargs=inputs, scope=scope)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert len(hc.hc_report.converted) == 6
+    for _ in range(2):
+        expected, actual = reference(**inputs), hc(**inputs)
+        for name in ("logits", "hidden_states", "attentions"):
+            assert error(actual[name], expected[name]) < 1e-6

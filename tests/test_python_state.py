@@ -746,3 +746,26 @@ def test_a_global_module_may_change(scope, monkeypatch):
         torch.testing.assert_close(torch.as_tensor(hc(x)), model(x), rtol=1e-5, atol=1e-6)
         monkeypatch.setattr(sys.modules[__name__], "ACTIVATION", nn.Tanh())
         torch.testing.assert_close(torch.as_tensor(hc(x)), model(x), rtol=1e-5, atol=1e-6)
+
+
+step = 0
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_an_attribute_is_no_global_of_its_name(scope, caplog, monkeypatch):
+    class Stepping(Held):
+        def __init__(self):
+            super().__init__()
+            self.step = 2
+
+        def forward(self, x):
+            return super().forward(x) + self.step
+
+    model, x = nn.Sequential(Stepping(), Stepping()).eval(), torch.randn(2, 3, 8)
+    hc = hct.convert(model, (x,), scope=scope)
+    hc(x)
+    with caplog.at_level(logging.INFO, "hc_transform"):
+        for value in range(3):
+            monkeypatch.setattr(sys.modules[__name__], "step", value)
+            hc(x)
+    assert not [r for r in caplog.records if "traced" in r.getMessage()]

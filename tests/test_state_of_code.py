@@ -463,3 +463,88 @@ def test_out_in_a_forward_that_runs_without_gradients():
             hc = hct.convert(model, (x,), scope=scope)
             assert len(hc.hc_report.converted) == 2
             torch.testing.assert_close(torch.as_tensor(hc(x)), model(x))
+
+
+def squares(block: Any) -> Tensor:
+    return 1 + sum(p.pow(2).sum() for p in block.parameters())
+
+
+def saved(block: Any) -> Tensor:
+    return 1 + sum(value.sum() for value in block.state_dict().values())
+
+
+def named(block: Any) -> Tensor:
+    return dict(block.named_parameters())["f.weight"].data.sum()
+
+
+def by_gradient(block: Any) -> float:
+    return 1.0 if block.f.weight.grad is None and all(p.requires_grad for p in block.parameters()) else 2.0
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("reads", [squares, saved, named, by_gradient])
+def test_parameters_that_code_comes_by_otherwise_count(reads: Callable[[Any], Any], scope: str) -> None:
+    def change(block: Any) -> None:
+        block.f.weight.data = block.f.weight.data * 3
+        block.f.weight.grad = torch.ones_like(block.f.weight)
+
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Block(reads), Block(reads)), torch.randn(2, D)
+    hc = hct.convert(copy.deepcopy(model), (x,), scope=scope)
+    for step in (change, lambda block: block.f.requires_grad_(False)):
+        before = model(x)
+        for block in (*model, hc.get_submodule("0"), hc.get_submodule("1")):
+            step(block)
+        assert step is not change or error(model(x), before) > 1e-3
+        assert error(hc(x), model(x)) < 1e-5
+
+
+def halve(block: Any) -> float:
+    for p in block.parameters():
+        p.data *= 0.5
+    return 1.0
+
+
+def clamp(block: Any) -> float:
+    for p in block.parameters():
+        p.data.clamp_(-0.1, 0.1)
+    return 1.0
+
+
+def replace_data(block: Any) -> float:
+    block.f.weight.data = block.f.weight.data * 0.5
+    return 1.0
+
+
+def replace_gradient(block: Any) -> float:
+    block.f.weight.grad = torch.ones_like(block.f.weight)
+    return 1.0
+
+
+class Writes(Block):
+    """Writes into its parameters when it has used them, which the first call does not show."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.f(x)
+        self.reads_scale(self)
+        return y
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("writes", [halve, clamp])
+def test_what_code_writes_into_parameters_is_written_on_every_call(writes: Callable[[Any], Any], scope: str) -> None:
+    model, x = nn.Sequential(Writes(writes), Writes(writes)), torch.randn(2, D)
+    reference, hc = copy.deepcopy(model), hct.convert(model, (x,), scope=scope)
+    with torch.no_grad():
+        for _ in range(3):
+            assert error(hc(x), reference(x)) < 1e-5
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("writes, name", [(replace_data, "data"), (replace_gradient, "grad")])
+def test_code_that_sets_what_a_graph_would_not_stays_python(
+    writes: Callable[[Any], Any], name: str, scope: str
+) -> None:
+    model = nn.Sequential(Writes(writes), Writes(writes))
+    with pytest.raises(hct.NothingToConvert, match=f"its code sets '{name}' of a tensor"):
+        hct.convert(model, (torch.randn(2, D),), scope=scope)

@@ -16,7 +16,9 @@ from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
 
 from ..graphs.operations import FACTORIES, QUESTIONS, is_constant
+from ..graphs.shape_reads import SHAPE_METHODS
 from ..graphs.source_lines import is_library_code
+from ..streams.in_place import name_of
 from ..threads import replaced
 from .add_bytecode import ADD_NAMES
 from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
@@ -24,6 +26,12 @@ from .recorder import Recorder
 from .vmapped import record_vmap
 
 UNBOUND = [name for name in sorted(ADD_NAMES | {"mul", "mul_"}) if hasattr(torch.Tensor, name)]
+# What is asked of parameters that graphs need not ask anew, and attributes that give or tell of values.
+AS_THEY_ARE = SHAPE_METHODS | frozenset(
+    "is_floating_point is_complex element_size data_ptr untyped_storage get_device is_contiguous __repr__ __deepcopy__ "
+    "__reduce_ex__ __dir__".split()
+)
+ABOUT_VALUES = frozenset("data grad requires_grad T mT H mH real imag".split())
 
 
 class _RecordCalls(TorchFunctionMode):
@@ -40,6 +48,11 @@ class _RecordCalls(TorchFunctionMode):
         leaves = pytree.tree_leaves((args, kwargs))
         name = getattr(func, "__name__", "")
         traced = any(isinstance(leaf, fx.Proxy) for leaf in leaves)
+        if self.tracer.is_tracing() and any(map(self.tracer.is_own_tensor, leaves)):
+            if name == "__set__":
+                return setattr(self.tracer.own_tensor(args[0]), name_of(func).removeprefix("setting "), args[1])
+            if not traced:
+                return self._of_own_tensors(func, name, args, kwargs)
         if not traced and not (name in FACTORIES and all(is_constant(leaf) for leaf in leaves)):
             return func(*args, **kwargs)
         if isinstance(func, torch._C.ScriptMethod):
@@ -48,6 +61,18 @@ class _RecordCalls(TorchFunctionMode):
             if is_tensor_method_or_property(func):
                 return self.tracer.create_proxy("call_method", name, args, kwargs)
             return self.tracer.create_proxy("call_function", func, args, kwargs)
+
+    def _of_own_tensors(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
+        """Record a call on parameters and buffers that code came by otherwise than by their names, as parameters()."""
+        if name in AS_THEY_ARE or name == "__get__" and name_of(func) not in ABOUT_VALUES:
+            return func(*args, **kwargs)
+        with self:
+            args, kwargs = pytree.tree_map(self.tracer.own_tensor, (args, kwargs))
+            if name == "__get__":
+                return getattr(args[0], name_of(func))
+            if name.startswith("__"):
+                return getattr(ValueProxy, name)(*args, **kwargs)
+            return self.__torch_function__(func, (), args, kwargs)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from ..graphs import guards, meta
+from ..graphs.aliases import layout_of, memory_of
 from ..graphs.operations import set_item
 from ..models.state import OPAQUE
 from .asserts import assert_of, check_assert
@@ -29,6 +30,7 @@ class Unknown:
 
 UNKNOWN = Unknown()
 ABOUT_GRADIENTS = frozenset({"requires_grad", "grad_fn", "is_leaf"})
+SET_OF_TENSORS = frozenset({"data", "grad", "requires_grad", "real", "imag"})
 
 
 class CannotInline(Exception):
@@ -139,6 +141,12 @@ def holds_proxies(value: Any) -> bool:
     return False
 
 
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether both are one piece of memory, seen alike."""
+    both = isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor)
+    return both and memory_of(one) == memory_of(other) and layout_of(one) == layout_of(other) is not None
+
+
 class ValueProxy(fx.Proxy):
     """A proxy that knows its example value.
 
@@ -163,6 +171,16 @@ class ValueProxy(fx.Proxy):
         if callable(attribute) and not isinstance(attribute, torch.nn.Module):
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        own = self.__dict__.get("hc_value")
+        if name not in SET_OF_TENSORS or not isinstance(own, torch.Tensor):
+            super().__setattr__(name, value)
+            return
+        held, given = self.tracer.look_at(own, name), getattr(value, "hc_value", value)
+        stays = held is given and self.node.op != "get_attr"  # which may hold another on the next call
+        if not stays and not _is_same(held, given):  # as it is after x.data *= 2
+            raise CannotInline(self.tracer._paths[-1], f"its code sets {name!r} of a tensor, which a graph would not")
 
     def __getitem__(self, index: Any) -> Any:
         value = self.hc_value

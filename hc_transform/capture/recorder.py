@@ -59,6 +59,12 @@ class Recorder(Protocol):
     def found_otherwise(self, module: nn.Module, name: str) -> Any:
         """Return an attribute that a module's ``__getattr__`` gives, and note if there is none."""
 
+    def is_own_tensor(self, value: Any) -> bool:
+        """Whether a value is a parameter or a buffer of the model."""
+
+    def own_tensor(self, value: Any) -> Any:
+        """Return what stands for a value that is a parameter or a buffer of the model."""
+
     def training_flag(self, module: nn.Module) -> Any:
         """Return a module's mode as traced code is to see it."""
 

@@ -127,6 +127,7 @@ class ValueTracer(fx.Tracer):
         self._objects: dict[int, tuple[Any, fx.Node]] = {}
         self._rebuilding: list[Any] = []
         self._tensors: dict[str, ValueProxy] = {}  # parameters and buffers, by their paths
+        self._own: dict[int, str] = {}  # the names of the model's parameters and buffers, by their ids
         self._stored: set[tuple[int, str]] = set()  # attributes that modules which stay whole have set in this call
         self._context = _context_state()
         self._thread = threading.get_ident()
@@ -139,6 +140,7 @@ class ValueTracer(fx.Tracer):
     def trace(self, root: Any, concrete_args: Any = None) -> fx.Graph:
         """Return the graph of ``root.forward``. Raises CannotInline with the module to blame."""
         self.root = root
+        self._own = {id(t): name for name, t in (*root.named_parameters(), *root.named_buffers())}
         self.watch = Watch(root, self.is_tracing, lambda: self._paths[-1])
         changed: list[tuple[str, str]] = []
         try:
@@ -327,15 +329,25 @@ class ValueTracer(fx.Tracer):
         held = module._parameters.get(name, module._buffers.get(name))
         if path is not None and isinstance(held, torch.Tensor) and type(held) is not ValueProxy:
             if not any("__getattr__" in vars(c) for c in cls.__mro__ if c is not nn.Module):
-                target = f"{path}.{name}" if path else name  # its own name, which another tensor may be given later
-                if target not in self._tensors:
-                    self._tensors[target] = self.create_proxy("get_attr", target, (), {})
-                return self._tensors[target]
+                return self._tensor_at(f"{path}.{name}" if path else name)  # which another may be given later
         try:
             return cls.__getattr__(module, name)
         except AttributeError:
             self.watch.read(module, name, Absent)
             raise
+
+    def _tensor_at(self, target: str) -> ValueProxy:
+        if target not in self._tensors:
+            self._tensors[target] = self.create_proxy("get_attr", target, (), {})
+        return self._tensors[target]
+
+    def is_own_tensor(self, value: Any) -> bool:
+        """Whether ``value`` is a parameter or a buffer of the model."""
+        return id(value) in self._own
+
+    def own_tensor(self, value: Any) -> Any:
+        """Return a proxy for a parameter or a buffer of the model; any other value as it is."""
+        return self._tensor_at(self._own[id(value)]) if id(value) in self._own else value
 
     def _read_stored(self, path: str, name: str, value: Any) -> Any:
         """Return what a module that stays whole stored in an attribute in this call, such as a loss of its own."""

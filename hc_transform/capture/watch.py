@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dis
 import functools
 import gc
 import inspect
@@ -240,7 +241,7 @@ class SharedState:
             asked = [c for c in code.co_consts if type(c) is str and c.isidentifier()] if asks else []
             self.asked.update(asked)  # getattr(x, "name", default)
             self.names.update(code.co_names, asked)
-        for name in code.co_names:
+        for name in _globals_of(code):
             if name in space and not name.startswith("__"):
                 shared = self.seen.get((id(space), name))
                 if shared is None:
@@ -388,6 +389,14 @@ def _fingerprint(value: Any, depth: int) -> Any:
     if type(fields) is dict and not isinstance(value, (*FUNCTIONS, types.MethodType, types.ModuleType)):
         return type(value).__name__, tuple((k, _fingerprint(v, depth + 1)) for k, v in list(fields.items())[:1000])
     return type(value).__name__
+
+
+@functools.lru_cache(maxsize=4096)
+def _globals_of(code: types.CodeType) -> tuple[str, ...]:
+    """Return the globals that code reads or sets; its other names are of attributes."""
+    ways = {f"{way}_{kind}" for way in ("LOAD", "STORE", "DELETE") for kind in ("GLOBAL", "NAME")}
+    ways.add("LOAD_FROM_DICT_OR_GLOBALS")
+    return tuple(dict.fromkeys(step.argval for step in dis.get_instructions(code) if step.opname in ways))
 
 
 @functools.lru_cache(maxsize=4096)

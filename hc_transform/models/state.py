@@ -1,4 +1,4 @@
-"""What a run of a model changes, put back whole: buffers, plain attributes of its modules, random generators."""
+"""What a run of a model changes, put back whole: what its modules hold and its random generators."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
+
+from .writes import writes_undone
 
 Undo = Callable[[], None]
 
 # What every module has; none of it is the user's own state.
 REGISTRIES = frozenset({*nn.Module().__dict__, *(n for n in vars(nn.Module) if n.startswith("_"))}) - {"training"}
 CONTAINERS = (list, dict, set, collections.deque, bytearray)
-OPAQUE = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
+OPAQUE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 MOST = 50_000  # Python values that are looked at; what is behind them is left alone
 
 
@@ -51,17 +54,18 @@ def grad_mode_of_runs() -> torch.set_grad_enabled:
 
 @contextlib.contextmanager
 def state_restored(model: nn.Module) -> Iterator[None]:
-    """Put the buffers, the plain attributes of modules and the random generators back on exit."""
-    restore = saved_state(model)
+    """Put parameters, and what :func:`saved_state` saves, back on exit."""
+    restore, parameters = _saved(model)
     try:
-        yield
+        with writes_undone(parameters):
+            yield
     finally:
         restore()
 
 
 @contextlib.contextmanager
 def undone_on(error: type[Exception], model: nn.Module, within: Iterable[str] | None = None) -> Iterator[None]:
-    """Put the buffers, the plain attributes of modules and the random generators back if ``error`` is raised."""
+    """Put what :func:`saved_state` saves back if ``error`` is raised."""
     restore = saved_state(model, within)
     try:
         yield
@@ -73,13 +77,30 @@ def undone_on(error: type[Exception], model: nn.Module, within: Iterable[str] | 
 def saved_state(model: nn.Module, within: Iterable[str] | None = None) -> Undo:
     """Save what a run of ``model``, or of its modules ``within``, may change; return what puts it back.
 
-    That is the values of buffers, the attributes that modules hold, with the contents of the lists, dicts and
-    objects among them, and the states of torch's, Python's and numpy's random generators. Parameters are not saved.
+    That is what modules hold (parameters, buffers, modules, hooks, attributes with the contents of the lists, dicts
+    and objects among them), the values of buffers, and the states of torch's, Python's and numpy's random generators.
+    The values of parameters are not saved (see :mod:`hc_transform.models.writes`).
     """
-    modules = list(model.modules() if within is None else modules_within(model, within))
-    undo = [*_saved_buffers(modules), *saved_generators(model)]
-    contents = Contents(id(tensor) for module in modules for tensor in module._buffers.values())
-    for module in modules:
+    return _saved(model, within)[0]
+
+
+def _saved(model: nn.Module, within: Iterable[str] | None = None) -> tuple[Undo, list[nn.Parameter]]:
+    """Save as :func:`saved_state`; return also all parameters, those too that no module registers."""
+    undo = saved_generators(model)
+    contents = Contents()
+    contents.modules += model.modules() if within is None else modules_within(model, within)
+    parameters: dict[int, nn.Parameter] = {}
+    seen: set[int] = set()
+    for module in contents.modules:  # which grows by those found in attributes
+        registered = list(_held(module._parameters))
+        if id(module) in seen or any(map(is_lazy, registered)):
+            continue  # a lazy one is made for good by its first run
+        seen.add(id(module))
+        contents.modules += module.children()
+        parameters.update((id(p), p) for p in registered)
+        for buffer in _held(module._buffers):
+            contents.save(buffer)
+        undo += _saved_registries(module)
         if isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
             continue  # whose attributes are its own code
         own = {name: value for name, value in module.__dict__.items() if is_state(name)}
@@ -87,12 +108,13 @@ def saved_state(model: nn.Module, within: Iterable[str] | None = None) -> Undo:
         for value in own.values():
             contents.save(value)
     undo += contents.undo
+    parameters.update((id(p), p) for p in contents.parameters)
 
     def restore() -> None:
         for step in undo:
             step()
 
-    return restore
+    return restore, list(parameters.values())
 
 
 def saved_generators(model: nn.Module) -> list[Undo]:
@@ -172,29 +194,26 @@ def modules_within(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module
     return iter({id(m): m for path in paths for m in model.get_submodule(path).modules()}.values())
 
 
-def _saved_buffers(modules: Iterable[nn.Module]) -> list[Undo]:
-    buffers = [
-        (module, name, buffer, buffer.detach().clone(), None if buffer.is_inference() else buffer._version)
-        for module in modules
-        for name, buffer in module._buffers.items()
-        if buffer is not None
-    ]
+def _saved_registries(module: nn.Module) -> Iterator[Undo]:
+    """Save the dictionaries and sets that a module registers in, with their order; a trace's own entries stay."""
+    for name, held in module.__dict__.items():
+        if name in REGISTRIES and isinstance(held, (dict, set)):
+            yield _registry_put_back(module.__dict__, name, held, held.copy())
 
+
+def _held(registry: Any) -> Iterator[Any]:
+    return (value for value in registry.values() if value is not None)
+
+
+def _registry_put_back(attributes: dict[str, Any], name: str, held: Any, saved: Any) -> Undo:
     def restore() -> None:
-        with torch.no_grad():
-            for module, name, buffer, saved, version in buffers:
-                if not isinstance(module, torch.jit.ScriptModule):
-                    module._buffers[name] = buffer  # the forward may have put another tensor in its place
-                if buffer.device.type != "meta" and not _same(buffer, saved, version):
-                    buffer.data.copy_(saved)  # as it was: not a change that a backward pass is to mind
+        attributes[name] = held
+        own = [key for key in held if key not in saved and isinstance(key, str) and not is_state(key)]
+        kept: Any = {key: held[key] for key in own} if isinstance(held, dict) else own
+        refill(held, saved)
+        held.update(kept)
 
-    return [restore]
-
-
-def _same(buffer: torch.Tensor, saved: torch.Tensor, version: int | None) -> bool:
-    if buffer.layout is not torch.strided:
-        return version is not None and buffer._version == version
-    return torch.equal(buffer, saved)
+    return restore
 
 
 def _attributes_put_back(attributes: dict[str, Any], saved: dict[str, Any]) -> Undo:
@@ -209,12 +228,15 @@ def _attributes_put_back(attributes: dict[str, Any], saved: dict[str, Any]) -> U
 class Contents:
     """The contents of Python values that can be changed, and how to put them back.
 
-    Args:
-        known: ids of tensors that are saved otherwise.
+    Attributes:
+        undo: what puts them back.
+        modules, parameters: those among them, which are not looked into.
     """
 
-    def __init__(self, known: Iterable[int] = ()) -> None:
-        self.seen = set(known)
+    def __init__(self) -> None:
+        self.modules: list[nn.Module] = []
+        self.parameters: list[nn.Parameter] = []
+        self.seen: set[int] = set()
         self.alive: list[Any] = []
         self.undo: list[Undo] = []
 
@@ -231,8 +253,14 @@ class Contents:
 
     def _save_one(self, value: Any) -> list[Any]:
         """Save one value; return what it holds."""
+        if isinstance(value, nn.Module):
+            self.modules.append(value)
+            return []
+        if isinstance(value, nn.Parameter):
+            self.parameters += [] if is_lazy(value) else [value]
+            return []
         if isinstance(value, torch.Tensor):
-            if not isinstance(value, nn.Parameter) and not value.is_inference() and value.device.type != "meta":
+            if value.device.type != "meta":
                 self.undo.append(_tensor_put_back(value))
             return []
         if is_generator(value):
@@ -258,12 +286,17 @@ class Contents:
 
 
 def _tensor_put_back(tensor: torch.Tensor) -> Undo:
-    saved, version = tensor.detach().clone(), tensor._version
+    saved, version = tensor.detach().clone(), None if tensor.is_inference() else tensor._version
+
+    def same() -> bool:
+        if tensor.layout is not torch.strided:
+            return version is not None and tensor._version == version
+        return torch.equal(tensor, saved)
 
     def restore() -> None:
-        if tensor._version != version:
-            with torch.no_grad():
-                tensor.copy_(saved)
+        with torch.no_grad():
+            if not same():
+                tensor.data.copy_(saved)  # as it was: not a change that a backward pass is to mind
 
     return restore
 

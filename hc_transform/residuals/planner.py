@@ -18,7 +18,7 @@ from ..graphs.dialects import location_of
 from ..graphs.passes import logged_pass
 from ..graphs.shape_reads import asks_layout
 from ..options import Options
-from .features import no_features
+from .features import feature_axis, no_features
 from .findings import Findings, Reason, Residual, Skipped
 from .keys import with_keys
 from .nesting import among, without_nested

@@ -33,7 +33,7 @@ class Needs:
     Attributes:
         late: whether it may stop after an operation that changed the state.
         values: whether it decides on values of tensors or on random numbers.
-        asks: whether it asks for the state of torch, such as autocast.
+        asks: whether it asks for the state of torch, such as autocast, or for that of gradients of parameters.
         writes: whether it writes into inputs before it may stop.
         flags: paths of the ``training`` flags that it reads.
         touched: modules whose state may have changed when it stops.
@@ -216,8 +216,13 @@ def needs_of(graph: fx.Graph) -> Needs:
     values = any(meta.ON_VALUES.known(node) for node in graph.nodes if node.target in CHECKS)
     reads = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     flags = tuple(target for target in reads if target.rpartition(".")[2] == "training")
-    asks = any(node.target in ASKED for node in graph.nodes if node.op == "call_function")
+    asks = any(node.target in ASKED or _asks_for_gradients(node) for node in graph.nodes if node.op == "call_function")
     return Needs(late, values, asks, writes, flags, tuple(dict.fromkeys(touched)))
+
+
+def _asks_for_gradients(node: fx.Node) -> bool:
+    held: Any = node.args[0] if node.target is getattr else None
+    return held is not None and held.op == "get_attr" and node.args[1] in ("grad", "requires_grad")
 
 
 def decides_on_training(graph: fx.Graph) -> bool:
