@@ -179,6 +179,8 @@ BETWEEN = {
     "quotient": lambda self, x: 2 * (x / 3 + 1),
     "method": lambda self, x: x.mul(self.pos).sub(0.5),
     "in place": _times,
+    "mask": lambda self, x: x.masked_fill(self.pos > 0, 0.5),
+    "chosen": lambda self, x: torch.where(self.pos > 0, torch.zeros_like(x), x),
 }
 
 

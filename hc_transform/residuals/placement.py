@@ -179,8 +179,8 @@ def _on_the_way(
     way = way_between(residual.skip, trunk.carried, adds)
     ends = {residual.skip, *(n for operands in way.values() for n in operands)} - way.keys()
     inside = {homes[add] for add in (residual.add, *ends.intersection(adds))}
-    outside = [n for n in sorted(way) if not inside.intersection(meta.CALLS.of(n))]
-    if all(len(operands) == 1 for operands in way.values()):  # one value comes to the block
+    outside = [n for n in sorted(way) if not inside.intersection(meta.CALLS.of(n)) and not _is_filled(n)]
+    if all(len(_streams_among(operands)) <= 1 for operands in way.values()):  # one value comes to the block
         outside = [n for n in outside if n not in between]
     return ends, outside
 
@@ -190,7 +190,7 @@ def _passed_between(plan: Plan) -> set[fx.Node]:
     if plan.options.readout == "sum":
         return set()
     held = {r.add for trunk in plan.trunks for r in trunk.residuals[:-1]}  # those that may come as trunk values
-    held.update(node for trunk in plan.trunks for node in trunk.carried)
+    held.update(node for trunk in plan.trunks for node in trunk.carried if not _is_filled(node))
     for node in plan.graph_module.graph.nodes:
         if name_of(node) in LINEAR and any(_is_held(value, held) for value in node.args):
             held.add(node)
@@ -209,7 +209,16 @@ def _is_passed(node: fx.Node, operands: tuple[fx.Node, ...], held: Collection[fx
     if any(_is_held(value, held) for value in kwargs.values()):
         return False
     place = linear_operand(name, node.args, kwargs, [_is_held(value, held) for value in node.args])
-    return place is not None and operands == (node.args[place],)
+    return place is not None and _streams_among(operands) == (node.args[place],)
+
+
+def _streams_among(operands: tuple[fx.Node, ...]) -> tuple[fx.Node, ...]:
+    """Return the operands but those that are filled, which a trunk value gives as tensors."""
+    return tuple(operand for operand in operands if not _is_filled(operand))
+
+
+def _is_filled(node: fx.Node) -> bool:
+    return name_of(node) in ("zeros_like", "ones_like", "full_like")
 
 
 def container(nodes: Iterable[fx.Node]) -> tuple[Call, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 SUMS = frozenset("add radd sub subtract rsub".split())
 PRODUCTS = frozenset("mul multiply rmul".split())
 QUOTIENTS = frozenset("div divide true_divide truediv".split())
-LINEAR = SUMS | PRODUCTS | QUOTIENTS
+MASKED = {"where": (1, 2), "masked_fill": (0,)}  # where the values are
+LINEAR = SUMS | PRODUCTS | QUOTIENTS | frozenset(MASKED)
 
 
 def linear_operand(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], held: list[bool]) -> int | None:
@@ -28,6 +29,6 @@ def linear_operand(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], hel
     if name.endswith("_") and not name.endswith("__") or held.count(True) != 1 or kwargs.get("out") is not None:
         return None
     place = held.index(True)
-    if bare in SUMS or bare in PRODUCTS:
+    if bare in SUMS or bare in PRODUCTS or place in MASKED.get(bare, ()):
         return place
     return place if bare in QUOTIENTS and place == 0 and kwargs.get("rounding_mode") is None else None
