@@ -29,6 +29,7 @@ class Unknown:
 
 
 UNKNOWN = Unknown()
+HELD_WHOLE = (torch.nn.Module, *OPAQUE)
 ABOUT_GRADIENTS = frozenset({"requires_grad", "grad_fn", "is_leaf"})
 SET_OF_TENSORS = frozenset({"data", "grad", "requires_grad", "real", "imag"})
 
@@ -135,7 +136,8 @@ def holds_proxies(value: Any) -> bool:
         for leaf in pytree.tree_leaves(list(held)):
             if isinstance(leaf, fx.Proxy):
                 return True
-            if id(leaf) not in seen and type(getattr(leaf, "__dict__", None)) is dict and not isinstance(leaf, OPAQUE):
+            holds = type(getattr(leaf, "__dict__", None)) is dict and not isinstance(leaf, HELD_WHOLE)
+            if holds and id(leaf) not in seen:
                 seen.add(id(leaf))
                 waiting.append(leaf)
     return False
