@@ -26,7 +26,7 @@ from .graphs.dialects import name_of
 from .models.compare import compare
 from .models.copies import clone_structure
 from .models.examples import example_inputs
-from .models.state import generators_seeded, no_inference_mode, runs_with_gradients
+from .models.state import generators_seeded, no_inference_mode, one_model, runs_with_gradients
 from .refusals import refuse_meta_device, refuse_unsupported
 from .request import Example, Request, checked_example, request_of
 from .residuals.find import find_residuals
@@ -217,7 +217,7 @@ def _converted(model: Any, args: Any, kwargs: Any, request: Request) -> tuple[nn
     if request.inplace:
         request = replace(request, scope="blocks")
     # New parameters are to be ordinary ones, and what is compiled in the model is looked into.
-    with no_inference_mode(), generators_seeded(model), uncompiled():
+    with no_inference_mode(), generators_seeded(model), uncompiled(), one_model():
         example = example or example_inputs(model)
         expected, note = (None, "") if example is None else _run(model, example)
         with runs_with_gradients(bool(note)):

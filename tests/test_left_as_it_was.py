@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import hc_transform as hct
+from hc_transform.models import writes
 from hc_transform.streams.hook_readouts import read_outputs
 
 D = 8
@@ -166,3 +167,14 @@ def test_lazy_modules_are_made_for_good() -> None:
     hc = hct.convert(model, (x,), scope="blocks")
     assert model[0].out.weight.shape == (D, D) and hc[0].out.weight is model[0].out.weight
     assert torch.equal(hc.eval()(x), model.eval()(x))
+
+
+def test_operations_are_looked_at_in_the_first_runs_alone(monkeypatch):
+    """A run that wrote into no parameter tells of the others: to look at each operation makes small ones slow."""
+    entered = []
+    plain = writes._SavesBeforeWrites.__enter__
+    monkeypatch.setattr(writes._SavesBeforeWrites, "__enter__", lambda self: (entered.append(1), plain(self))[1])
+    model = nn.Sequential(*(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) for _ in range(2))).eval()
+    with torch.no_grad():
+        hct.convert(model, torch.randn(2, 3, 8))
+    assert 1 <= len(entered) <= 3

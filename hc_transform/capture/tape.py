@@ -93,7 +93,13 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Run ``model`` once and return the tape. State and random numbers are put back afterwards."""
     args, kwargs = copy_inputs(tuple(args)), copy_inputs(dict(kwargs))
     recorder = _Recorder(model)
-    with state_restored(model), shared_state_restored(model), grad_mode_of_runs(), uncompiled(), recorder.patched():
+    with (
+        state_restored(model, True),
+        shared_state_restored(model),
+        grad_mode_of_runs(),
+        uncompiled(),
+        recorder.patched(),
+    ):
         seed_generators()
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         for tensor in inputs:

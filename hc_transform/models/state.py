@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import operator
 import random
 import sys
 import types
@@ -21,6 +22,7 @@ Undo = Callable[[], None]
 
 # What every module has; none of it is the user's own state.
 REGISTRIES = frozenset({*nn.Module().__dict__, *(n for n in vars(nn.Module) if n.startswith("_"))}) - {"training"}
+SETS = (dict, set)
 CONTAINERS = (list, dict, set, collections.deque, bytearray)
 OPAQUE = (type, types.ModuleType, types.FunctionType, types.MethodType, types.BuiltinFunctionType)
 MOST = 50_000  # Python values that are looked at; what is behind them is left alone
@@ -52,13 +54,38 @@ def grad_mode_of_runs() -> torch.set_grad_enabled:
     return torch.set_grad_enabled(_WITH_GRADIENTS.get())
 
 
+# The modes of a model's modules in which a whole run wrote into no parameter; None outside of a conversion.
+_WRITES_NOTHING: contextvars.ContextVar[set[frozenset[bool]] | None] = contextvars.ContextVar("quiet", default=None)
+
+
 @contextlib.contextmanager
-def state_restored(model: nn.Module) -> Iterator[None]:
-    """Put parameters, and what :func:`saved_state` saves, back on exit."""
-    restore, parameters = _saved(model)
+def one_model() -> Iterator[None]:
+    """Take what is found out about a model's writes in one run for all runs of it and of its copies meanwhile.
+
+    To look at each operation makes small ones slow.
+    """
+    before = _WRITES_NOTHING.set(set())
     try:
-        with writes_undone(parameters):
+        yield
+    finally:
+        _WRITES_NOTHING.reset(before)
+
+
+@contextlib.contextmanager
+def state_restored(model: nn.Module, whole: bool = False) -> Iterator[None]:
+    """Put parameters, and what :func:`saved_state` saves, back on exit.
+
+    Args:
+        model: what is run, or a part of it.
+        whole: whether it is the whole model that runs, as its code stands.
+    """
+    restore, parameters = _saved(model)
+    known, modes = _WRITES_NOTHING.get(), frozenset(module.training for module in model.modules())
+    try:
+        with writes_undone(parameters, watched=known is None or modes not in known) as written:
             yield
+        if whole and known is not None and not written:
+            known.add(modes)
     finally:
         restore()
 
@@ -100,7 +127,7 @@ def _saved(model: nn.Module, within: Iterable[str] | None = None) -> tuple[Undo,
         parameters.update((id(p), p) for p in registered)
         for buffer in _held(module._buffers):
             contents.save(buffer)
-        undo += _saved_registries(module)
+        undo.append(_registries_put_back(module.__dict__))
         if isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
             continue  # whose attributes are its own code
         own = {name: value for name, value in module.__dict__.items() if is_state(name)}
@@ -194,26 +221,34 @@ def modules_within(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module
     return iter({id(m): m for path in paths for m in model.get_submodule(path).modules()}.values())
 
 
-def _saved_registries(module: nn.Module) -> Iterator[Undo]:
+def _registries_put_back(attributes: dict[str, Any]) -> Undo:
     """Save the dictionaries and sets that a module registers in, with their order; a trace's own entries stay."""
-    for name, held in module.__dict__.items():
-        if name in REGISTRIES and isinstance(held, (dict, set)):
-            yield _registry_put_back(module.__dict__, name, held, held.copy())
+    registries = [
+        (n, held, held.copy()) for n, held in attributes.items() if n in REGISTRIES and isinstance(held, SETS)
+    ]
+
+    def restore() -> None:
+        for name, held, saved in registries:
+            attributes[name] = held
+            if not held and not saved or _is_as_it_was(held, saved):
+                continue
+            own = [key for key in held if key not in saved and isinstance(key, str) and not is_state(key)]
+            kept: Any = {key: held[key] for key in own} if isinstance(held, dict) else own
+            refill(held, saved)
+            held.update(kept)
+
+    return restore
+
+
+def _is_as_it_was(held: Any, saved: Any) -> bool:
+    if isinstance(held, dict):
+        same = all(map(operator.is_, held.values(), saved.values()))
+        return same and len(held) == len(saved) and list(held) == list(saved)
+    return bool(held == saved)
 
 
 def _held(registry: Any) -> Iterator[Any]:
     return (value for value in registry.values() if value is not None)
-
-
-def _registry_put_back(attributes: dict[str, Any], name: str, held: Any, saved: Any) -> Undo:
-    def restore() -> None:
-        attributes[name] = held
-        own = [key for key in held if key not in saved and isinstance(key, str) and not is_state(key)]
-        kept: Any = {key: held[key] for key in own} if isinstance(held, dict) else own
-        refill(held, saved)
-        held.update(kept)
-
-    return restore
 
 
 def _attributes_put_back(attributes: dict[str, Any], saved: dict[str, Any]) -> Undo:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,17 +14,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 @contextlib.contextmanager
-def writes_undone(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Put parameters back on exit: values, gradients, and whether they require them.
+def writes_undone(parameters: Iterable[nn.Parameter], watched: bool = True) -> Iterator[Collection[int]]:
+    """Put parameters back on exit: values, gradients, and whether they require them. Yield what is written into.
 
     A write through ``.data`` changes no version, so every operation is looked at, below autograd. Parameters that
     nothing is written into are not copied.
+
+    Args:
+        parameters: what is put back.
+        watched: whether values may be written; else operations are not looked at.
     """
     before = [(p, p.detach(), p.requires_grad, p.grad) for p in parameters]
     saving = _SavesBeforeWrites(t for _, value, _, grad in before for t in (value, grad) if t is not None)
     try:
-        with saving:
-            yield
+        with saving if watched else contextlib.nullcontext():
+            yield saving.saved
     finally:
         for storage, saved in saving.saved.values():
             if storage.nbytes() != saved.nbytes():

@@ -29,7 +29,7 @@ def run_like(model: nn.Module, args: Any, kwargs: Any, forward: Callable[..., An
 
     The state of the model and of the generators (torch's, Python's, numpy's) is put back after.
     """
-    with state_restored(model), shared_state_restored(model), grad_mode_of_runs():
+    with state_restored(model, whole=True), shared_state_restored(model), grad_mode_of_runs():
         seed_generators()
         outputs = (forward or model)(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
     return pytree.tree_map(_detached, outputs, is_leaf=is_trunk_value)
