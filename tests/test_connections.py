@@ -238,6 +238,28 @@ def test_a_connection_of_ones_own(scope, devices, monkeypatch):
         torch.testing.assert_close(gradients[f"_orig_mod.{name}"], gradient, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize(
+    "variant, n, settings",
+    [
+        *((variant, n, {}) for variant in sorted(set(CONNECTIONS) - {"frac"}) for n in (2, 3, 4)),
+        ("kromhc", 6, {}),
+        ("frac", 1, {"num_fractions": 4}),
+        ("frac", 2, {"num_fractions": 2, "mix_outputs": True}),
+        ("frac", 2, {"num_fractions": 2, "num_views": 2, "tanh": False}),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_token_are_those_of_tensors(variant, n, settings, axis):
+    connection = randomised(make(variant, n, 8, feature_axis=axis, **settings)).double()
+    streams = [torch.randn((2, 3, 8) if axis == -1 else (2, 8, 3), dtype=torch.float64) for _ in range(n)]
+    own, buffers = connection._parameters, connection._buffers
+    tensors = (*own.values(), *buffers.values(), *streams)
+    made = connection.assembled(*connection._unrolled(connection._settings(), tuple(own), tuple(buffers), *tensors))
+    for a, b in zip(_tensors(made), _tensors(connection(streams)), strict=True):
+        torch.testing.assert_close(a.expand_as(b) if b.dim() else a, b.expand_as(a), rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("n, m", [(1, 2), (1, 4), (2, 2), (3, 1)])
 @pytest.mark.parametrize("channels_first", [False, True])
 def test_frac_is_its_formula(n, m, channels_first):
