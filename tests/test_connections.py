@@ -8,12 +8,15 @@ import math
 
 import pytest
 import torch
+from checks import outputs_and_gradients
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from models import Chain
 from torch import nn
 
 import hc_transform as hct
 from hc_transform import CONNECTIONS, Coefficients, DynamicConnection, FracConnection, StaticConnection
+from hc_transform.connections import base
 from hc_transform.connections.constrained import prime_factors
 from hc_transform.connections.projection import project
 from hc_transform.streams.carried import carry_folded, carry_random
@@ -181,6 +184,80 @@ def test_constrained_variants_are_their_formulas(variant, manifold, n, channels_
     expected = expected + torch.einsum("...i,...d->i...d", h_post, y.transpose(1, 2) if channels_first else y)
     actual = torch.stack([s.transpose(1, 2) if channels_first else s for s in write(given, y, c)])
     torch.testing.assert_close(actual, expected)
+
+
+class CirculantConnection(hct.ConstrainedConnection):
+    """A connection of one's own: h_res[i, j] = c[(j - i) mod n], c the softmax of n logits of the token."""
+
+    def starting_logits(self):
+        """Return what gives the diagonal 0.9."""
+        n = self.num_streams
+        return torch.eye(n)[0] * math.log(9 * (n - 1))
+
+    def manifold(self, logits):
+        """Return row i as row 0 moved i places on."""
+        c = torch.softmax(logits, -1)
+        return torch.stack([c.roll(i, -1) for i in range(self.num_streams)], -2)
+
+
+def circulant(logits, n):
+    c = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    return torch.stack([torch.stack([c[..., (j - i) % n] for j in range(n)], -1) for i in range(n)], -2)
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+@pytest.mark.parametrize("devices", [("cpu",), ()], ids=["tensors", "numbers"])
+def test_a_connection_of_ones_own(scope, devices, monkeypatch):
+    """It is verified, trained and compiled as those of the package are."""
+    monkeypatch.setattr(base, "PACKED_DEVICES", devices)
+    model, x = Chain(lambda x, f, i: x + f, 2), torch.randn(2, 5, 8)
+    hc = hct.convert(model, (x,), connection=CirculantConnection, num_streams=3, scope=scope)
+    assert hc.hc_report.max_error <= 1e-5 and len(hc.hc_report.converted) == 2
+    optimizer = torch.optim.SGD(hc.parameters(), 0.1)
+    hc(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    connections = [m for m in hc.modules() if isinstance(m, CirculantConnection)]
+    assert len(connections) == len(hc.hc_report.converted)
+    streams = [torch.randn(4, 5, connections[0].dim) for _ in range(3)]
+    for connection in (connections[0], randomised(connections[-1])):
+        h_pre, h_post, logits = by_hand(connection, streams)
+        h_res = circulant(logits, 3)
+        assert max(hct.sinkhorn_error(h_res)) <= 1e-6
+        torch._dynamo.reset()
+        for made in (connection(streams), torch.compile(connection, fullgraph=True, backend="aot_eager")(streams)):
+            rows = torch.stack([torch.cat(row, -1) for row in made.h_res], -2)
+            torch.testing.assert_close(torch.cat(made.h_pre, -1), h_pre)
+            torch.testing.assert_close(torch.cat(made.h_post, -1), h_post)
+            torch.testing.assert_close(rows, h_res)
+    expected = outputs_and_gradients(hc, (x,), {})
+    torch._dynamo.reset()
+    y, gradients = outputs_and_gradients(torch.compile(hc, fullgraph=True), (x,), {})
+    torch.testing.assert_close(y, expected[0], rtol=1e-4, atol=1e-4)
+    for name, gradient in expected[1].items():
+        torch.testing.assert_close(gradients[f"_orig_mod.{name}"], gradient, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [-1, 1])
+@pytest.mark.parametrize(
+    "variant, n, settings",
+    [
+        *((variant, n, {}) for variant in sorted(set(CONNECTIONS) - {"frac"}) for n in (2, 3, 4)),
+        ("kromhc", 6, {}),
+        ("frac", 1, {"num_fractions": 4}),
+        ("frac", 2, {"num_fractions": 2, "mix_outputs": True}),
+        ("frac", 2, {"num_fractions": 2, "num_views": 2, "tanh": False}),
+    ],
+    ids=str,
+)
+def test_numbers_of_a_token_are_those_of_tensors(variant, n, settings, axis):
+    connection = randomised(make(variant, n, 8, feature_axis=axis, **settings)).double()
+    streams = [torch.randn((2, 3, 8) if axis == -1 else (2, 8, 3), dtype=torch.float64) for _ in range(n)]
+    own, buffers = connection._parameters, connection._buffers
+    tensors = (*own.values(), *buffers.values(), *streams)
+    made = connection.assembled(*connection._unrolled(connection._settings(), tuple(own), tuple(buffers), *tensors))
+    for a, b in zip(_tensors(made), _tensors(connection(streams)), strict=True):
+        torch.testing.assert_close(a.expand_as(b) if b.dim() else a, b.expand_as(a), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("n, m", [(1, 2), (1, 4), (2, 2), (3, 1)])

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams.mixing import Coefficients, full_precision
+from ..streams.mixing import full_precision
 from .base import Connection, starting_reads, starting_writes
-from .per_token import constrained_entries, in_rows, kronecker_entries
+from .numbers import Numbers, on_tensors
 from .projection import EPS, project_flattened
 from .sinkhorn import sinkhorn
 
@@ -90,22 +90,6 @@ class ConstrainedConnection(Connection):
             return h_pre, h_post, None
         return h_pre, h_post, self.manifold(_affine(res, self.scale_res, self.bias_res))
 
-    def compiled_coefficients(self, streams: Sequence[Tensor]) -> Coefficients:
-        """Return the same, number by number."""
-        n = self.num_streams
-        parameters = [self.scale_pre, self.bias_pre, self.scale_post, self.bias_post]
-        if self.sizes[2]:
-            parameters += [self.scale_res, self.bias_res]
-        sizes = tuple(self.sizes[: len(parameters) // 2])
-        entries = constrained_entries(
-            self.feature_axis, sizes, self.norm_eps, self.eps, self.projection, *parameters, *streams
-        )
-        return in_rows((*entries[: 2 * n], *(self.manifold_entries(entries[2 * n :]) if self.sizes[2] else ())), n)
-
-    def manifold_entries(self, logits: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return h_res row by row, n * n tensors, for r tensors of one logit a token: :meth:`manifold` of them."""
-        return self.manifold(torch.stack(tuple(logits), -1)).flatten(-2).unbind(-1)
-
 
 class MHCConnection(ConstrainedConnection):
     """mHC: h_res is doubly stochastic by Sinkhorn-Knopp.
@@ -164,12 +148,6 @@ class MHCLiteConnection(ConstrainedConnection):
         """Return the combination of permutations."""
         return _combine(logits, self.permutations)
 
-    def manifold_entries(self, logits: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the combination of permutations, entry by entry where they are few."""
-        if len(logits) > MAX_UNROLLED_PERMUTATIONS:
-            return super().manifold_entries(logits)
-        return kronecker_entries((self.num_streams,), *logits)
-
 
 class KromHCConnection(ConstrainedConnection):
     """KromHC: h_res is a Kronecker product of small doubly stochastic matrices.
@@ -209,10 +187,6 @@ class KromHCConnection(ConstrainedConnection):
             product = matrix if product is None else _kronecker(product, matrix)
         assert product is not None
         return product
-
-    def manifold_entries(self, logits: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return the Kronecker product, entry by entry."""
-        return kronecker_entries(tuple(self.factors), *logits)
 
 
 class IdentityConnection(ConstrainedConnection):
@@ -259,9 +233,21 @@ def _first_of(count: int, weight: float) -> Tensor:
 
 
 def _combine(logits: Tensor, matrices: Tensor) -> Tensor:
-    """Return ``sum_k softmax(logits)[..., k] matrices[k]``: ``[..., n, n]``."""
+    """Return ``sum_k softmax(logits)[..., k] matrices[k]``, of all permutation matrices: ``[..., n, n]``."""
+    if isinstance(logits, Numbers) and len(logits.entries) <= MAX_UNROLLED_PERMUTATIONS:
+        return torch.softmax(logits, -1)[..., _moving(len(matrices[0]))].sum(-1)
+    return on_tensors(_combination, logits, matrices)
+
+
+def _combination(logits: Tensor, matrices: Tensor) -> Tensor:
     weights = torch.softmax(logits, -1)
     return (weights @ matrices.to(weights.dtype).flatten(1)).unflatten(-1, matrices.shape[1:])
+
+
+def _moving(n: int) -> list[list[list[int]]]:
+    """Return which permutations of n move j to i: ``[i][j]``, as many for each."""
+    found = list(enumerate(permutations(range(n))))
+    return [[[k for k, moved in found if moved[i] == j] for j in range(n)] for i in range(n)]
 
 
 def _kronecker(a: Tensor, b: Tensor) -> Tensor:

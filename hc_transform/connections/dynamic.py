@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams.mixing import Coefficients, full_precision
-from .per_token import dynamic_entries, in_rows
+from ..streams.mixing import full_precision
 from .projection import project_each_normed
 from .static import StaticConnection
 
@@ -45,19 +44,12 @@ class DynamicConnection(StaticConnection):
     def coefficients(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return static plus dynamic parts: ``[..., n]``, ``[..., n]``, ``[..., n, n]``."""
         h_pre, h_post, h_res = super().coefficients(streams)
-        dynamic = project_each_normed(streams, self.projection, self.feature_axis)  # [n, ..., n + 2], stream j first
+        dynamic = project_each_normed(streams, self.projection, self.feature_axis)  # [..., n + 2, n]
         if self.tanh:
             dynamic = torch.tanh(dynamic)
-        dynamic = dynamic.movedim(0, -1)  # [..., n + 2, n]
         scale_alpha, scale_beta = full_precision(self.scale_alpha), full_precision(self.scale_beta)
         return (
             h_pre + scale_alpha * dynamic[..., 0, :],
             h_post + scale_beta * dynamic[..., 1, :],
             h_res + scale_alpha * dynamic[..., 2:, :],  # [target, source]
         )
-
-    def compiled_coefficients(self, streams: Sequence[Tensor]) -> Coefficients:
-        """Return the same, number by number."""
-        parameters = (self.h_pre, self.h_post, self.h_res, self.scale_alpha, self.scale_beta)
-        entries = dynamic_entries(self.feature_axis, self.tanh, self.projection, *parameters, *streams)
-        return in_rows(entries, self.num_streams)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams.mixing import FractionCoefficients, full_precision
-from .base import Connection, starting_reads, starting_writes
+from ..streams.mixing import AnyCoefficients, FractionCoefficients, full_precision
+from .base import MAX_UNROLLED, Connection, starting_reads, starting_writes
 from .dynamic import SCALE
-from .projection import project_each_normed, without_autocast
+from .projection import project_each_normed
 
 
 class FracConnection(Connection):
@@ -66,18 +66,18 @@ class FracConnection(Connection):
         self.scale_alpha = nn.Parameter(torch.full((1,), SCALE))  # of h_pre and h_res
         self.scale_beta = nn.Parameter(torch.full((1,), SCALE))  # of h_post
 
-    def fraction_coefficients(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def coefficients(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return h_pre ``[..., v, m, nm]``, h_post ``[..., nm]`` or ``[..., nm, m]``, h_res ``[..., nm, nm]``."""
         n, m = self.num_streams, self.num_fractions
         rows = [row for stream in streams for row in stream.chunk(m, self.feature_axis)]
-        dynamic = project_each_normed(rows, self.projection, self.feature_axis)  # [nm, ..., k], row j first
+        dynamic = project_each_normed(rows, self.projection, self.feature_axis)  # [..., k, nm]
         if self.tanh:
             dynamic = torch.tanh(dynamic)
-        pre, post, res = dynamic.movedim(0, -1).split(self.sizes, -2)
+        pre, post, res = dynamic.split(self.sizes, -2)
         if self.mix_outputs:  # row (s, g) gives [f], the weight of output fraction g into row (s, f)
             h_post = post.unflatten(-1, (n, m)).movedim(-2, -3).flatten(-3, -2)
         else:
-            h_post = post.squeeze(-2)
+            h_post = post[..., 0, :]
         scale_alpha, scale_beta = full_precision(self.scale_alpha), full_precision(self.scale_beta)
         return (
             full_precision(self.h_pre) + scale_alpha * pre.unflatten(-2, (self.num_views, m)),
@@ -85,18 +85,20 @@ class FracConnection(Connection):
             full_precision(self.h_res) + scale_alpha * res,
         )
 
-    def _forward(self, *streams: Tensor) -> FractionCoefficients:
-        with without_autocast(streams[0]):
-            h_pre, h_post, h_res = self.fraction_coefficients(streams)
+    def _unrolls(self, stream: Tensor) -> bool:
+        return self.num_streams * self.num_fractions <= MAX_UNROLLED and super()._unrolls(stream)
+
+    def made(self, streams: Sequence[Tensor]) -> AnyCoefficients:
+        """Return the coefficients for ``streams``."""
+        h_pre, h_post, h_res = self.coefficients(streams)
         if not self.mix_outputs:
             h_post = h_post.unsqueeze(-1)
-        return FractionCoefficients(
-            tuple(tuple(self._split(row) for row in view.unbind(-2)) for view in h_pre.unbind(-3)),
-            tuple(self._split(row) for row in h_post.unbind(-2)),
-            tuple(self._split(row) for row in h_res.unbind(-2)),
-            self.num_fractions,
-            self.feature_axis,
-        )
+        views = tuple(self.rows(view) for view in h_pre.unbind(-3))
+        return self.assembled(views, self.rows(h_post), self.rows(h_res))
+
+    def assembled(self, h_pre: Any, h_post: Any, h_res: Any) -> AnyCoefficients:
+        """Return the coefficients with their fractions."""
+        return FractionCoefficients(h_pre, h_post, h_res, self.num_fractions, self.feature_axis)
 
     def extra_repr(self) -> str:
         """Return the settings for the printout of the module."""

@@ -1,4 +1,4 @@
-"""Coefficients as single numbers of a token, for compiled code.
+"""Sums over features as single numbers of a token, for compiled code.
 
 A compiler fuses what runs over the same axes. With every coefficient, and every sum over features that
 it is made from, a tensor of one number a token, making the coefficients of a residual runs in the kernel that
@@ -10,144 +10,45 @@ over features in that kernel, and over tokens from the few sums that are left.
 from __future__ import annotations
 
 import functools
-import math
 import operator
 from collections.abc import Callable, Sequence
-from itertools import permutations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..streams.mixing import Coefficients, full_precision
-from .projection import EPS
+from ..streams.mixing import full_precision
+from .numbers import Numbers, tokens_of
 
 Entries = tuple[Tensor, ...]
 
 UNROLLED_BYTES = 1 << 17  # of weights in bf16, that every token reads: about what stays in the L1 cache of an SM
 
 
-@torch.compiler.allow_in_graph
-def dynamic_entries(axis: int, tanh: bool, projection: Tensor, *tensors: Tensor) -> Entries:
-    """Return h_pre, h_post and h_res (row by row) of dynamic hyper-connections.
+class Weights(NamedTuple):
+    """A projection in the formula of a connection that runs in compiled code: its products are made number by number.
 
-    Args:
-        axis: of the features.
-        tanh: whether the dynamic part passes through it.
-        projection: ``(D, n + 2)``.
-        tensors: h_pre ``[n]``, h_post ``[n]``, h_res ``[n, n]``, both scales ``[1]``, and n streams.
+    See :mod:`hc_transform.connections.projection` for both kinds.
     """
-    pre, post, res, (scale_alpha,), (scale_beta,) = spread(tensors[:5], tensors[5], axis)
-    n = len(pre)
-    h_pre, h_post, h_res = [], [], [*res]
-    products = products_with(projection.unsqueeze(0), axis)
-    for j, stream in enumerate(tensors[5:]):
-        scale = torch.rsqrt(mean_square((stream,), axis) + EPS)
-        dynamic = [part * scale for part in products(stream)]
-        if tanh:
-            dynamic = [torch.tanh(part) for part in dynamic]
-        h_pre.append(pre[j] + scale_alpha * dynamic[0])
-        h_post.append(post[j] + scale_beta * dynamic[1])
-        for i, part in enumerate(dynamic[2:]):
-            h_res[i * n + j] = res[i * n + j] + scale_alpha * part
-    return (*h_pre, *h_post, *h_res)
 
+    weight: Tensor
 
-@torch.compiler.allow_in_graph
-def constrained_entries(
-    axis: int, sizes: tuple[int, ...], norm_eps: float, eps: float, projection: Tensor, *tensors: Tensor
-) -> Entries:
-    """Return h_pre, h_post and the logits of h_res of the family of mHC.
+    def each_normed(self, streams: Sequence[Tensor], axis: int, eps: float) -> Numbers:
+        """Return ``RMSNorm(x) @ weight`` of every stream, ``(k, n)`` numbers."""
+        products = products_with(self.weight.unsqueeze(0), axis)
+        columns = []
+        for stream in streams:
+            scale = torch.rsqrt(mean_square((stream,), axis) + eps)
+            columns.append([part * scale for part in products(stream)])
+        rows = zip(*columns, strict=True)
+        shape = (len(columns[0]), len(columns))
+        return Numbers([number for row in rows for number in row], shape, axis, tokens_of(streams[0], axis))
 
-    Args:
-        axis: of the features.
-        sizes: n, n and, if there are any, the number of logits.
-        norm_eps: of the RMS norm.
-        eps: added to h_pre.
-        projection: ``(n, D, sum of sizes)``.
-        tensors: a scale ``[1]`` and a bias of each size, and n streams.
-    """
-    count = 2 * len(sizes)
-    spreads = spread(tensors[:count], tensors[count], axis)
-    streams = tensors[count:]
-    scale = torch.rsqrt(mean_square(streams, axis) + norm_eps)
-    projected = iter([part * scale for part in row_products(streams, projection, axis)])
-    logits = []
-    for (factor,), biases in zip(spreads[::2], spreads[1::2], strict=True):
-        logits.append([factor * next(projected) + bias for bias in biases])
-    h_pre = [torch.sigmoid(x) + eps if eps else torch.sigmoid(x) for x in logits[0]]
-    h_post = [2 * torch.sigmoid(x) for x in logits[1]]
-    return (*h_pre, *h_post, *(logits[2] if len(sizes) > 2 else ()))
-
-
-@torch.compiler.allow_in_graph
-def kronecker_entries(factors: tuple[int, ...], *logits: Tensor) -> Entries:
-    """Return, row by row, the Kronecker product of a combination of permutations for each factor.
-
-    Args:
-        factors: sizes of the matrices.
-        logits: the weights of all permutations of each size are the softmax of so many logits.
-    """
-    product: list[Tensor] = []
-    size, start = 1, 0
-    for factor in factors:
-        count = math.factorial(factor)
-        matrix = _combined(logits[start : start + count], factor)
-        start += count
-        both = range(size * factor)
-        product = (
-            [
-                product[i // factor * size + j // factor] * matrix[i % factor * factor + j % factor]
-                for i in both
-                for j in both
-            ]
-            if product
-            else matrix
-        )
-        size *= factor
-    return tuple(product)
-
-
-def _combined(logits: Sequence[Tensor], n: int) -> list[Tensor]:
-    """Return ``sum_k softmax(logits)[k] permutation[k]`` of all permutations of n, row by row."""
-    largest = functools.reduce(torch.maximum, logits).detach()
-    weights = [torch.exp(logit - largest) for logit in logits]
-    total = functools.reduce(operator.add, weights)
-    entries: list[Any] = [None] * (n * n)
-    for weight, permutation in zip(weights, permutations(range(n)), strict=True):
-        for i, j in enumerate(permutation):
-            place = i * n + j
-            entries[place] = weight if entries[place] is None else entries[place] + weight
-    return [entry / total for entry in entries]
-
-
-@torch.compiler.allow_in_graph
-def static_entries(axis: int, like: Tensor, *parameters: Tensor) -> Entries:
-    """Return the numbers of all parameters, expanded to the tokens of ``like``."""
-    return tuple(entry for part in spread(parameters, like, axis) for entry in part)
-
-
-def in_rows(entries: Sequence[Tensor], n: int) -> Coefficients:
-    """Return ``n + n + n * n`` entries (or ``n + n``: the identity) as coefficients."""
-    h_res = entries[2 * n :]
-    rows = tuple([tuple(h_res[i * n : i * n + n]) for i in range(n)]) if h_res else None
-    return Coefficients(tuple(entries[:n]), tuple(entries[n : 2 * n]), rows)
-
-
-def spread(parameters: Sequence[Tensor], like: Tensor, axis: int) -> list[Entries]:
-    """Return the numbers of each parameter, every one expanded to the tokens of ``like``.
-
-    They are one tensor before, so that one pass sums the gradients of all.
-    """
-    flat = torch.cat([full_precision(parameter).flatten() for parameter in parameters])
-    shape = list(like.shape)
-    shape[axis] = 1
-    entries = flat.view(-1, *(1,) * len(shape)).expand(-1, *shape).unbind(0)
-    parts, start = [], 0
-    for parameter in parameters:
-        parts.append(entries[start : start + parameter.numel()])
-        start += parameter.numel()
-    return parts
+    def flattened_normed(self, streams: Sequence[Tensor], axis: int, eps: float) -> Numbers:
+        """Return ``RMSNorm(concatenation of the streams) @ weight``, ``(k,)`` numbers."""
+        scale = torch.rsqrt(mean_square(streams, axis) + eps)
+        products = row_products(streams, self.weight, axis)
+        return Numbers([part * scale for part in products], (len(products),), axis, tokens_of(streams[0], axis))
 
 
 def mean_square(streams: Sequence[Tensor], axis: int) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..streams.mixing import full_precision, transformed
+from .per_token import Weights
 
 EPS = 1e-6
 
@@ -112,13 +113,17 @@ def project_normed(x: Tensor, weight: Tensor, axis: int, eps: float = EPS) -> Te
 
 
 def project_each_normed(streams: Sequence[Tensor], weight: Tensor, axis: int, eps: float = EPS) -> Tensor:
-    """Return ``RMSNorm(x) @ weight`` of every stream: ``[n, ..., k]``."""
+    """Return ``RMSNorm(x) @ weight`` of every stream, ``weight`` ``(D, k)``: ``[..., k, n]``."""
+    if isinstance(weight, Weights):
+        return weight.each_normed(streams, axis, eps)
     parts = torch.stack([project(x, weight, axis) for x in streams])
-    return parts * torch.rsqrt(torch.stack([mean_square(x, axis) for x in streams]) + eps)
+    return (parts * torch.rsqrt(torch.stack([mean_square(x, axis) for x in streams]) + eps)).movedim(0, -1)
 
 
 def project_flattened(streams: Sequence[Tensor], weight: Tensor, axis: int, eps: float = EPS) -> Tensor:
     """Return ``RMSNorm(concatenation of the streams) @ weight``, ``weight`` ``(n, D, k)``: ``[..., k]``."""
+    if isinstance(weight, Weights):
+        return weight.flattened_normed(streams, axis, eps)
     parts = [project(x, w, axis) for x, w in zip(streams, weight.unbind(0), strict=True)]
     squares = [mean_square(x, axis) for x in streams]
     return _sum(parts) * torch.rsqrt(_sum(squares) / len(streams) + eps)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from ..streams.mixing import transformed
 
@@ -61,6 +62,8 @@ def sinkhorn(logits: Tensor, iterations: int = 20, eps: float = 0.0) -> Tensor:
     >>> sinkhorn(torch.zeros(2, 2)).tolist()
     [[0.5, 0.5], [0.5, 0.5]]
     """
+    if has_torch_function((logits,)):
+        return handle_torch_function(sinkhorn, (logits,), logits, iterations, eps)
     if logits.dim() < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"sinkhorn takes square matrices [..., n, n], got shape {tuple(logits.shape)}")
     if iterations < 1:

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..streams.mixing import Coefficients, full_precision
+from ..streams.mixing import full_precision
 from .base import Connection, starting_reads, starting_writes
-from .per_token import in_rows, static_entries
 
 
 class StaticConnection(Connection):
@@ -31,8 +30,3 @@ class StaticConnection(Connection):
     def coefficients(self, streams: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parameters themselves, in at least fp32."""
         return full_precision(self.h_pre), full_precision(self.h_post), full_precision(self.h_res)
-
-    def compiled_coefficients(self, streams: Sequence[Tensor]) -> Coefficients:
-        """Return the parameters, expanded to the tokens."""
-        parameters = (self.h_pre, self.h_post, self.h_res)
-        return in_rows(static_entries(self.feature_axis, streams[0], *parameters), self.num_streams)
