@@ -134,7 +134,7 @@ def patched(tracer: Recorder) -> Iterator[None]:
     generators = [n for n in vars(torch.utils.checkpoint) if n.startswith("_checkpoint_without_reentrant_generator")]
     plain_checkpoints = {name: getattr(torch.utils.checkpoint, name) for name in generators}
     plain_grad_mode = torch.is_grad_enabled
-    plain_vmap = torch._functorch.apis.vmap_impl
+    plain_vmap = torch._functorch.apis.vmap_impl  # type: ignore[attr-defined]  # which it imports
     plain_enter = torch.autocast.__enter__
     plain_factories = {name: getattr(torch, name) for name in FACTORIES}
     plain_limits = {name: getattr(torch, name) for name in ("finfo", "iinfo")}

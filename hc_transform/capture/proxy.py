@@ -65,7 +65,7 @@ class AppliedFunction:
 class ScriptedFunction:
     """A scripted function, under a name that generated code can use."""
 
-    def __init__(self, function: torch.jit.ScriptFunction) -> None:
+    def __init__(self, function: torch.jit.ScriptFunction[Any, Any]) -> None:
         self.function = function
         self.__name__ = self.__qualname__ = f"scripted_{function.name}"
 

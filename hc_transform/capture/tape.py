@@ -28,7 +28,7 @@ from ..graphs.aliases import layout_of, memory_of, written_through
 from ..graphs.operations import Kind, set_item
 from ..graphs.passes import logged_pass
 from ..graphs.row_sums import unflatten_row_sums
-from ..graphs.shape_reads import LAYOUT_METHODS
+from ..graphs.shape_reads import LAYOUT_METHODS, SHAPE_ATTRIBUTES
 from ..graphs.source_lines import is_library_code, user_frame, user_lines
 from ..models.compare import tensors_of
 from ..models.copies import compiled_from, copy_inputs, has_hooks, keep_plain_tensors
@@ -39,7 +39,6 @@ from ..threads import replaced, uncompiled
 from .add_bytecode import INLINED_FROM_TORCH, may_add
 from .kinds import Kinds
 from .proxy import AppliedFunction
-from .tracer import SHAPE_ATTRIBUTES
 from .watch import shared_state_restored
 
 CONSTANT = "_tape_constant"
@@ -355,7 +354,7 @@ class _Recorder(TorchFunctionMode):
         """Let calls of modules and of custom autograd functions pass through the recorder."""
         plain_call = nn.Module.__call__
         plain_apply = torch.autograd.Function.__dict__["apply"]
-        plain_vmap = torch._functorch.apis.vmap_impl
+        plain_vmap = torch._functorch.apis.vmap_impl  # type: ignore[attr-defined]  # which it imports
         recorder, thread = self, threading.get_ident()
 
         def vmap(func: Any, *given: Any, **kwargs: Any) -> Any:

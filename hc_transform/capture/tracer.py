@@ -327,7 +327,7 @@ class ValueTracer(fx.Tracer):
             return cls.__getattr__(module, name)
         path = (self.submodule_paths or {}).get(module)
         held = module._parameters.get(name, module._buffers.get(name))
-        if path is not None and isinstance(held, torch.Tensor) and type(held) is not ValueProxy:
+        if path is not None and isinstance(held, torch.Tensor) and not issubclass(type(held), fx.Proxy):
             if not any("__getattr__" in vars(c) for c in cls.__mro__ if c is not nn.Module):
                 return self._tensor_at(f"{path}.{name}" if path else name)  # which another may be given later
         try:

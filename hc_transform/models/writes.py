@@ -57,9 +57,8 @@ class _SavesBeforeWrites(TorchDispatchMode):
         kwargs = kwargs or {}
         for written in _written(func, args, kwargs):
             storage = _storage_of(written)
-            key = None if storage is None else storage._cdata
-            if storage is not None and key in self.watched and key not in self.saved:
-                self.saved[key] = storage, storage.clone()
+            if storage is not None and storage._cdata in self.watched and storage._cdata not in self.saved:
+                self.saved[storage._cdata] = storage, storage.clone()
         return func(*args, **kwargs)
 
 

@@ -88,8 +88,9 @@ def take_out(root: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
     """Take the new modules out of ``root``; return those that held them, each with what it held."""
     held = []
     for module in list(root.modules()):
-        if CONNECTIONS_NAME in module._modules:
-            held.append((module, module._modules.pop(CONNECTIONS_NAME)))
+        connections = module._modules.pop(CONNECTIONS_NAME) if CONNECTIONS_NAME in module._modules else None
+        if connections is not None:
+            held.append((module, connections))
     return held
 
 

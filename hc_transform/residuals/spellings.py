@@ -135,7 +135,7 @@ def _sum(node: fx.Node) -> Sum | None:
     return _sum_of_stack(node) if name == "sum" else None
 
 
-SUMMED = ([], ["sum", True], ["add", True])  # how scatter_add, scatter_reduce and scatter add
+SUMMED: tuple[list[Any], ...] = ([], ["sum", True], ["add", True])  # how scatter_add, scatter_reduce and scatter add
 MATRIX_SUMS: dict[str, tuple[Callable[..., Any], str, str]] = {
     "addr": (torch.outer, "vec1", "vec2"),
     "addmm": (torch.matmul, "mat1", "mat2"),

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from ..capture.kinds import Kinds, is_shape_read
+from ..capture.kinds import Kinds
 from ..connections import Connection
 from ..errors import UnsupportedModel
 from ..graphs import meta
@@ -20,6 +20,7 @@ from ..graphs.dialects import location_of, takes_first
 from ..graphs.guards import CHECKS
 from ..graphs.operations import holds_no_mean, shape_of
 from ..graphs.passes import logged_pass
+from ..graphs.shape_reads import is_shape_read
 from ..models.copies import REGISTERED_HOOKS
 from ..residuals.findings import Residual
 from ..residuals.keys import DROPOUT_KEY, add_modules, label_of

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..capture.kinds import Kinds, is_shape_read
+from ..capture.kinds import Kinds
 from ..graphs.dialects import has_several_outputs, name_of, statistics_of, takes_first
 from ..graphs.operations import Kind, holds_no_mean
+from ..graphs.shape_reads import is_shape_read
 from ..residuals.findings import Residual
 from ..residuals.planner import Plan
 from ..residuals.trunks import Trunk, at_end, readers_of

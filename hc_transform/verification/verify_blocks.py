@@ -19,7 +19,8 @@ from ..errors import NEVER_HIDDEN, HCTransformError, NotEquivalent
 from ..graphs import meta
 from ..models.compare import relative_error, tensors_of
 from ..models.copies import copy_inputs, doubled_modules
-from ..residuals.placement import BlockPlan, BlocksPlan, relative
+from ..residuals.keys import relative
+from ..residuals.placement import BlockPlan, BlocksPlan
 from ..residuals.planner import Plan
 from ..running.block_runner import RUNNER, BlockRunner
 from ..running.variants import Variant
