@@ -82,7 +82,7 @@ def convert(
 ) -> Any: ...
 
 
-def convert(
+def convert(  # noqa: PLR0913  # the options, for whoever reads them
     model: nn.Module | ExportedProgram,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,

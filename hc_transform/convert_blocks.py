@@ -50,7 +50,7 @@ class CannotConvert(Exception):
         self.reason = reason
 
 
-def analyse_blocks(
+def analyse_blocks(  # noqa: PLR0913  # one attempt, with what earlier ones found out
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],

@@ -45,7 +45,7 @@ class Options:
         """Whether there is one stream of one fraction, so that every residual stays as it was."""
         return self.num_streams == 1 and self.num_fractions == 1
 
-    def __post_init__(self) -> None:
+    def __post_init__(self) -> None:  # noqa: C901  # one check for each option
         if not isinstance(self.num_streams, int) or self.num_streams < 1:
             raise ValueError(f"num_streams is a whole number of at least 1, got {self.num_streams!r}")
         for name, value, choices in (

@@ -76,7 +76,7 @@ class _RecordCalls(TorchFunctionMode):
 
 
 @contextlib.contextmanager
-def patched(tracer: Recorder) -> Iterator[None]:
+def patched(tracer: Recorder) -> Iterator[None]:  # noqa: C901  # one small function for each of torch's
     """Let ``isinstance``, ``module.training`` and autograd functions see through proxies."""
     plain_isinstance, plain_callable = builtins.isinstance, builtins.callable
     plain_apply = torch.autograd.Function.__dict__["apply"]

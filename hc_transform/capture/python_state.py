@@ -195,7 +195,7 @@ class PythonState:
         return _replaced(structure, objects, lists)
 
 
-def _replaced(structure: tuple[list[Any], ...], objects: list[Any], lists: list[Any]) -> str | None:
+def _replaced(structure: tuple[list[Any], ...], objects: list[Any], lists: list[Any]) -> str | None:  # noqa: C901  # one rule for each kind of container
     """Return which object, entry, module, forward or hook is another one than it was, None if none is."""
     modules, forwards, hooks = structure
     for holder, key, same, read in objects:
@@ -226,7 +226,7 @@ def _changed(read: Read, value: Any) -> str:
     return f"{read} was {was!r} while tracing and is {now} now"
 
 
-def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any], list[Any], list[Any]]:
+def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any], list[Any], list[Any]]:  # noqa: C901  # one rule for each kind of container
     """Return where reads stand, for checks.
 
     Those are the entries of dictionaries, functions that find other values, objects to stay themselves, the

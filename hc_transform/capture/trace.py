@@ -78,7 +78,7 @@ def bind_inputs(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
 
 
 @logged_pass
-def trace(
+def trace(  # noqa: C901  # one attempt after the other, each with what it falls back to
     model: nn.Module,
     inputs: Mapping[str, Any] | None,
     *,

@@ -81,7 +81,7 @@ class ValueTracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # what one trace is of
         self,
         inline: frozenset[str],
         inputs: Mapping[str, Any],
@@ -499,7 +499,7 @@ class ValueTracer(fx.Tracer):
             self.evaluated.append((kind, getattr(target, "__name__", target), value, changed))
         return value, changed
 
-    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:
+    def _evaluate(self, kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, list[torch.Tensor]]:  # noqa: C901  # one rule for each kind of node
         """Return the operation's value and those argument tensors that it changed in place."""
         if kind == "get_attr":
             with self._untraced():

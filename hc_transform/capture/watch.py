@@ -89,7 +89,7 @@ class Watch:
                 found.setdefault((read.home, read.steps), read)
         return tuple(found.values())
 
-    def _guards_of(self, home: str, steps: tuple[Step, ...], value: Any, depth: int) -> Iterator[Read]:
+    def _guards_of(self, home: str, steps: tuple[Step, ...], value: Any, depth: int) -> Iterator[Read]:  # noqa: C901  # one guard for each kind of value
         if value is Absent:
             yield Read(home, steps, Absent)
             return

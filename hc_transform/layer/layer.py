@@ -179,7 +179,7 @@ class HyperConnections(PlainResidual):
     get_expand_reduce_stream_functions = staticmethod(get_expand_reduce_stream_functions)
     get_init_and_expand_reduce_stream_functions = staticmethod(get_init_and_expand_reduce_stream_functions)
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # the arguments of the package whose interface it has
         self,
         num_streams: int,
         *,

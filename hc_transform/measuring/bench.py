@@ -75,7 +75,7 @@ class Figures:
         return made
 
 
-def bench(
+def bench(  # noqa: C901, PLR0913  # one figure after the other; the options of the command line
     models: Mapping[str, nn.Module],
     inputs: Sequence[Any],
     *,

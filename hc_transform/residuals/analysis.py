@@ -75,7 +75,7 @@ def analyse(
     return _known(Analysis(plan, wide), findings)
 
 
-def analyse_again(
+def analyse_again(  # noqa: PLR0913  # what the first trace knew
     model: nn.Module,
     inputs: Mapping[str, Any],
     options: Options,

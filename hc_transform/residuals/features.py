@@ -17,7 +17,7 @@ LAYER_AXES = {
 }
 
 
-def feature_axis(residual: Residual, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
+def feature_axis(residual: Residual, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:  # noqa: C901  # one sign after the other
     """Return the feature axis of a residual's value, -1 or 1, and its size (None if unknown).
 
     The first layer of the branch tells: a convolution or batch norm has its features on axis 1,

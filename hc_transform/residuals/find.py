@@ -210,7 +210,7 @@ class _Finder:
 
     # -- what is none
 
-    def _verdict(self, add: fx.Node, total: Sum) -> Skipped:
+    def _verdict(self, add: fx.Node, total: Sum) -> Skipped:  # noqa: C901  # one reason after the other
         if self._any_overwritten(total):
             return _skip(add, Reason.OVERWRITTEN)
         if self._writes_elsewhere(add, total):

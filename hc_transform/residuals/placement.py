@@ -390,7 +390,7 @@ def _piece(trunk: Trunk, residuals: list[Residual]) -> Trunk:
     return Trunk(trunk.index, tuple(residuals), carried)
 
 
-def _blocks(
+def _blocks(  # noqa: C901  # one table of each block
     plan: Plan, homes: Mapping[fx.Node, Call], found: Sequence[Residual], share_calls: bool
 ) -> tuple[tuple[BlockPlan, ...], list[str]]:
     steps: dict[Call, int] = {}

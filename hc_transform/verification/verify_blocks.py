@@ -49,7 +49,7 @@ Streams = tuple[Tensor, ...]
 
 
 @again_beside_threads
-def verify_blocks(
+def verify_blocks(  # noqa: PLR0913  # as verify
     original: nn.Module,
     converted: nn.Module,
     planned: BlocksPlan,
