@@ -145,15 +145,15 @@ def test_recorded_figures(connection):
 
 
 def test_registers_and_spills():
-    """A kernel that holds 64 rows of 4096 numbers in the threads of one warp cannot keep them in registers."""
-    weight = torch.zeros(64, 4096)
+    """A kernel that holds 16 rows of 1024 numbers in the threads of one warp cannot keep them in registers."""
+    weight = torch.zeros(16, 1024)
 
     def mixed(x):
         rows = [(x * w).softmax(-1) for w in weight.unbind(0)]
         return sum(row.sum(-1, keepdim=True) * row for row in rows)
 
-    graph = inductor_cost(mixed, torch.zeros(64, 4096), training=False).forward
-    few, many = (max(k.spilled_bytes for k in registers_of(graph, warps)) for warps in (1, 32))
+    graph = inductor_cost(mixed, torch.zeros(64, 1024), training=False).forward
+    few, many = (max(k.spilled_bytes for k in registers_of(graph, warps)) for warps in (1, 8))
     assert few > 0 and few > many
     assert all(0 < kernel.registers <= 255 and kernel.warps == 4 for kernel in registers_of(graph, 4))
 
