@@ -68,6 +68,7 @@ from .running.regional import compile_regions
 from .streams.carried import carry
 from .streams.mixing import Coefficients, FractionCoefficients, expand, read, readout, write
 from .streams.trunk_value import TrunkValue
+from .verification import verify
 
 __version__ = "0.1.0"
 
@@ -125,5 +126,6 @@ __all__ = [
     "rewrite",
     "sinkhorn",
     "sinkhorn_error",
+    "verify",
     "write",
 ]

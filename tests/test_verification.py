@@ -377,3 +377,7 @@ def test_streams_of_long_trunks_are_separated_and_finite(connection):
         with separated(nn.ModuleList(connections(hc).values()), plan), torch.no_grad():
             moved = error(hc(x), model(x))
         assert 1e-3 < moved < 1e3
+
+
+def test_outputs_are_compared_by_hand_too():
+    assert hct.verify.relative_error({"a": torch.zeros(2)}, {"a": torch.ones(2)}) == 1.0
