@@ -302,3 +302,24 @@ def test_hooks_that_a_first_call_installs_are_installed_once(scope):
         expected, actual = reference(**inputs), hc(**inputs)
         for name in ("logits", "hidden_states", "attentions"):
             assert error(actual[name], expected[name]) < 1e-6
+
+
+def test_a_mixture_of_experts_trains_with_its_router_logits():
+    config = transformers.MixtralConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    )
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config).train()
+    inputs = {"input_ids": IDS % 100, "labels": IDS % 100, "output_router_logits": True}
+    hc = hct.convert(model, kwargs=inputs)
+    assert len(hc.hc_report.converted) == 4
+    actual, expected = hc(**inputs), model(**inputs)
+    assert len(actual.router_logits) == len(expected.router_logits) == 2
+    assert error(actual.router_logits, expected.router_logits) <= 1e-5
+    assert error(actual.loss, expected.loss) <= 1e-5
