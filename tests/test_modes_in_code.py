@@ -8,7 +8,7 @@ import pytest
 import torch
 from awkward import Residual, chain, check, reasons, rows
 from checks import check_preserved, error
-from models import Mixing
+from models import Mixing, NoGrad
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -49,17 +49,6 @@ class Decorated(nn.Module):
     @torch.no_grad()
     def forward(self, x):
         return x + self.f(x)
-
-
-class NoGradRoot(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.f, self.g = Mixing(), Mixing()
-
-    def forward(self, x):
-        with torch.no_grad():
-            x = x + self.f(x)
-        return x + self.g(x)
 
 
 def autocast():
@@ -115,7 +104,7 @@ def test_a_region_in_the_root_stays_around_blocks(kind):
 
 @pytest.mark.parametrize("outside", [contextlib.nullcontext, torch.no_grad], ids=["with grad", "under no_grad"])
 def test_a_grad_mode_is_seen_whatever_mode_the_conversion_runs_in(outside):
-    model = nn.Sequential(NoGradRoot(), chain()).double()
+    model = nn.Sequential(NoGrad(), chain()).double()
     x = rows()
     with outside():
         hc = hct.convert(model, (x,))
@@ -125,7 +114,7 @@ def test_a_grad_mode_is_seen_whatever_mode_the_conversion_runs_in(outside):
 
 def test_a_grad_mode_in_the_root_is_refused_under_no_grad():
     with torch.no_grad(), pytest.raises(hct.UnsupportedModel, match="grad mode"):
-        hct.convert(NoGradRoot().double(), (rows(),))
+        hct.convert(NoGrad().double(), (rows(),))
 
 
 class Negated(nn.Module):
@@ -133,7 +122,7 @@ class Negated(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.rest = NoGradRoot(), chain()
+        self.first, self.rest = NoGrad(), chain()
 
     def forward(self, x, negate=False):
         x = self.rest(self.first(x))

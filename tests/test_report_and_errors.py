@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from models import GPT, Chain, ConvBlock, Mixing
+from models import GPT, Chain, ConvBlock, Mixing, NoGrad
 from torch import nn
 
 import hc_transform as hct
@@ -155,17 +155,6 @@ def test_hooks_of_the_root_stay():
     before = len(calls)
     hc(tokens())
     assert len(calls) == before + 1
-
-
-class NoGrad(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.f, self.g = Mixing(), Mixing()
-
-    def forward(self, x):
-        with torch.no_grad():
-            x = x + self.f(x)
-        return x + self.g(x)
 
 
 class DataDependent(nn.Module):

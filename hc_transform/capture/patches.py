@@ -28,8 +28,7 @@ from .vmapped import record_vmap
 UNBOUND = [name for name in sorted(ADD_NAMES | {"mul", "mul_"}) if hasattr(torch.Tensor, name)]
 # What is asked of parameters that graphs need not ask anew, and attributes that give or tell of values.
 AS_THEY_ARE = SHAPE_METHODS | frozenset(
-    "is_floating_point is_complex element_size data_ptr untyped_storage get_device is_contiguous __repr__ __deepcopy__ "
-    "__reduce_ex__ __dir__".split()
+    "element_size data_ptr untyped_storage is_contiguous __repr__ __deepcopy__ __reduce_ex__ __dir__".split()
 )
 ABOUT_VALUES = frozenset("data grad requires_grad T mT H mH real imag".split())
 

@@ -78,8 +78,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     skipped += [as_skipped(r, Reason.SHORT, f"{len(members)}") for members in short for r in members]
     groups = [members for members in groups if members not in short]
     if options.feature_axis is None:
-        modules = dict(graph_module.named_modules(remove_duplicate=False))
-        lengths = [members for members in groups if no_features(members, modules)]
+        lengths = [members for members in groups if no_features(members, kinds.modules)]
         skipped += [as_skipped(r, Reason.NO_FEATURES) for members in lengths for r in members]
         groups = [members for members in groups if members not in lengths]
     order = {node: i for i, node in enumerate(graph_module.graph.nodes)}

@@ -104,10 +104,10 @@ def _with_streams(value: Any) -> Any:
 
 def _streams_of(node: Any) -> fx.Node | None:
     """Return the node of the streams that a node is the readout of, also through what is done to each stream."""
-    if not isinstance(node, fx.Node) or node.target is read_out:
-        return node.args[0] if isinstance(node, fx.Node) else None  # type: ignore[return-value]
-    if node.op not in ("call_function", "call_method"):
+    if not isinstance(node, fx.Node) or node.op not in ("call_function", "call_method"):
         return None
+    if node.target is read_out:
+        return node.args[0]  # type: ignore[return-value]
     found = [_streams_of(value) for value in node.args]
     place = linear_operand(name_of(node), node.args, dict(node.kwargs), [value is not None for value in found])
     if place is None or any(_streams_of(value) for value in node.kwargs.values()):

@@ -110,9 +110,10 @@ class ReferenceInterpreter(NamedInputs):
             like = self._sum(self.by_add[n], {})
         elif n in self.carried:
             carried, like = self._carry(n, {source: self._streams_at(source) for source in self.carried[n]})
-            self.streams[n] = carried if holds_no_mean(n) else self.rounded(carried)
             if holds_no_mean(n):
+                self.streams[n] = carried
                 return super().run_node(n)
+            self.streams[n] = self.rounded(carried)
         else:
             return super().run_node(n)
         return _laid_out(self._readout(n), like)
