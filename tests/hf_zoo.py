@@ -13,13 +13,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import multiprocessing
 import os
 import sys
 import time
 import traceback
 import warnings
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -31,16 +29,16 @@ from checks import wake  # noqa: E402
 from hf_cases import CASES, Case  # noqa: E402
 from hf_checks import Pair, checks_of  # noqa: E402
 from torch import nn  # noqa: E402
-from zoo import Outcome, chosen, run_all  # noqa: E402
+from zoo import PROCESSES, Outcome, chosen, in_a_process, run_all  # noqa: E402
 
 import hc_transform as hct  # noqa: E402
 
 LIMIT = 300  # seconds for one model
 NOTHING = "nothing to convert"  # no residuals, or hyper-connected already
 
-# A server that has imported what takes long forks one process for each model.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["torch", "transformers.generation.utils", "transformers.models.auto.modeling_auto"])
+PROCESSES.set_forkserver_preload(
+    ["__main__", "hf_cases", "hf_checks", "transformers.generation.utils", "transformers.models.auto.modeling_auto"]
+)
 
 
 def made(case: Case) -> nn.Module:
@@ -115,26 +113,9 @@ def check_one(name: str, original: bool = False) -> Outcome:
     return outcome
 
 
-def _send(connection: Connection, name: str, original: bool) -> None:
-    connection.send(check_one(name, original))
-
-
 def run(name: str, limit: float = LIMIT, original: bool = False) -> Outcome:
     """Check one model in a process of its own."""
-    start = time.time()
-    ours, theirs = PROCESSES.Pipe(duplex=False)
-    process = PROCESSES.Process(target=_send, args=(theirs, name, original))
-    process.start()
-    theirs.close()
-    try:
-        outcome = ours.recv() if ours.poll(limit) else Outcome(name, status="TIMEOUT", message=f"more than {limit} s")
-    except EOFError:
-        process.join()
-        outcome = Outcome(name, status="CRASH", message=f"exit code {process.exitcode}")
-    process.kill()
-    process.join()
-    outcome.seconds = time.time() - start
-    return outcome
+    return in_a_process(check_one, name, limit, original)
 
 
 def main() -> int:

@@ -13,14 +13,14 @@ from __future__ import annotations
 import argparse
 import copy
 import fnmatch
-import json
-import subprocess
+import multiprocessing
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from zoo_cases import CASES, Case  # noqa: E402
 
 import hc_transform as hct  # noqa: E402
 
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["__main__", "torch", "zoo_cases", "hc_transform.convert"])
 LIMIT = 600  # seconds for one model
 MISSING = "package missing"
 FINE = ("ok", "nothing to convert", "refused as expected", MISSING)
@@ -143,22 +145,35 @@ def _runs(model: nn.Module, inputs) -> bool:
 
 def run(name: str, limit: float = LIMIT) -> Outcome:
     """Check one model in a process of its own."""
+    return in_a_process(check_one, name, limit)
+
+
+def in_a_process(one: Callable[..., Outcome], name: str, limit: float, *args: Any) -> Outcome:
+    """Call ``one(name, *args)`` in a process of its own, forked from one that has imported what takes long."""
     start = time.time()
-    command = [sys.executable, "-W", "ignore", __file__, "--one", name]
+    ours, theirs = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(target=_send, args=(theirs, one, name, *args))
+    process.start()
+    theirs.close()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        outcome = Outcome(**json.loads(done.stdout.splitlines()[-1]))
-    except subprocess.TimeoutExpired:
-        outcome = Outcome(name, status="TIMEOUT", message=f"more than {limit} s")
-    except (IndexError, ValueError):
-        outcome = Outcome(name, status="CRASH", message=done.stderr[-2000:])
+        outcome = ours.recv() if ours.poll(limit) else Outcome(name, status="TIMEOUT", message=f"more than {limit} s")
+    except EOFError:
+        process.join()
+        outcome = Outcome(name, status="CRASH", message=f"exit code {process.exitcode}")
+    process.kill()
+    process.join()
     outcome.seconds = time.time() - start
     return outcome
+
+
+def _send(connection: Connection, one: Callable[..., Outcome], *args: Any) -> None:
+    connection.send(one(*args))
 
 
 def check_one(name: str) -> Outcome:
     """Check one model in this process; what is wrong becomes the outcome's status."""
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
     case = next(case for case in CASES if case.name == name)
     try:
         return check(case)
@@ -205,11 +220,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one model")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(asdict(check_one(options.one))))
-        return 0
     return run_all(lambda name: run(name, options.limit), chosen(CASES, options.names), options.jobs)
 
 
