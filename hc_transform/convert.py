@@ -15,12 +15,11 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from .capture.tape import record
 from .capture.trace import bind_inputs, describe
 from .connections import ConnectionLike
 from .convert_blocks import convert_blocks, move_into
 from .convert_graph import convert_graph, trace_mode
-from .errors import NEVER_HIDDEN, HCTransformError, NothingToConvert, TraceError, UnsupportedModel
+from .errors import NEVER_HIDDEN, HCTransformError, NothingToConvert, PatternError, TraceError, UnsupportedModel
 from .exported import convert_exported, is_exported, refuse_choices
 from .graphs.dialects import name_of
 from .models.compare import compare
@@ -29,7 +28,7 @@ from .models.examples import example_inputs
 from .models.state import generators_seeded, no_inference_mode, one_model, runs_with_gradients
 from .refusals import refuse_meta_device, refuse_unsupported
 from .request import Example, Request, checked_example, request_of
-from .residuals.find import find_residuals
+from .residuals.observation import Observation, observe, observe_unrun
 from .residuals.planner import Plan
 from .running.graph_model import HyperConnectedModule
 from .threads import one_at_a_time, uncompiled
@@ -219,15 +218,23 @@ def _converted(model: Any, args: Any, kwargs: Any, request: Request) -> tuple[nn
     # New parameters are to be ordinary ones, and what is compiled in the model is looked into.
     with no_inference_mode(), generators_seeded(model), uncompiled(), one_model():
         example = example or example_inputs(model)
-        expected, note = (None, "") if example is None else _run(model, example)
+        if example is None:
+            if request.scope == "blocks":
+                raise TraceError(
+                    f"scope='blocks' runs {type(model).__name__} once to find its residuals: give example inputs with "
+                    "args= and kwargs="
+                )
+            return convert_graph(model, None, observe_unrun(model, request.hints), request)
+        observed, note = _observed(model, example, request)
         with runs_with_gradients(bool(note)):
-            full = full_mode(model, example)
+            full = full_mode(model, example, observed, request)
+            made: tuple[Any, Plan]
             if full is None:
-                made: tuple[Any, Plan] = _convert(model, example, expected, request)
+                made = _convert(model, example, observed, request)
             else:
-                made = _convert_in_full(model, full, example, expected, request)
+                made = _convert_in_full(model, full, example, observed.outputs, request)
         if note:
-            report = made[0].hc_report
+            report: Any = made[0].hc_report
             made[0].__dict__["hc_report"] = replace(report, notes=(*report.notes, note))
         return made
 
@@ -245,72 +252,89 @@ def _refuse_choices_of_python(request: Request) -> None:
     )
 
 
-def _run(model: nn.Module, example: Example) -> tuple[Any, str]:
-    """Return the model's outputs on inputs, which are to fit it, and a note if it takes gradients to get them.
+def _observed(model: nn.Module, example: Example, request: Request) -> tuple[Observation, str]:
+    """Return what is seen of a model on inputs, which are to fit it, and a note if it takes gradients to see it.
 
     It does where the caller has them and the model gives others without: its code asks for the grad mode or for
     gradients, or torch takes another way, as it does for an encoder with a padding mask.
     """
     bind_inputs(model, *example)
-    error: Exception | None = None
-    outputs = None
+    name = type(model).__name__
     try:
-        outputs = run_like(model, *example)
+        observed, failure = observe(model, *example, request.hints), None
+    except (*NEVER_HIDDEN, PatternError):
+        raise
+    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+        observed, failure = None, error
+    if torch.is_grad_enabled():
+        with runs_with_gradients(True):
+            try:
+                outputs = run_like(model, *example)
+                if observed is None:
+                    note = f"{name} itself fails without gradients: it was run with them."
+                    return observe(model, *example, request.hints), note
+                found = compare(outputs, observed.outputs)
+                if not found.error <= tolerance_of(observed.outputs, model):
+                    return observe(model, *example, request.hints), (
+                        f"Without gradients {name} itself gives other outputs, by {found.error:.1e} (relative): it was "
+                        "run with them, as convert was called."
+                    )
+            except NEVER_HIDDEN:
+                raise
+            except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+                log.info("%s cannot be run with gradients: %s", name, describe(error))
+    if observed is None:
+        _refuse_failing(model, example)
+        raise TraceError(f"{name} cannot be recorded: {describe(failure or '')}") from failure
+    return observed, ""
+
+
+def _refuse_failing(model: nn.Module, example: Example) -> None:
+    """Raise TraceError if the model itself fails on inputs."""
+    try:
+        run_like(model, *example)
     except NEVER_HIDDEN:
         raise
-    except Exception as failure:  # noqa: BLE001  # whatever the user's code raises
-        error = failure
-    if torch.is_grad_enabled():
-        with contextlib.suppress(Exception), runs_with_gradients(True):
-            recorded = run_like(model, *example)
-            name = type(model).__name__
-            if error is not None:
-                return recorded, f"{name} itself fails without gradients: it was run with them."
-            found = compare(recorded, outputs)
-            if not found.error <= tolerance_of(outputs, model):
-                return recorded, (
-                    f"Without gradients {name} itself gives other outputs, by {found.error:.1e} (relative): it was run "
-                    "with them, as convert was called."
-                )
-    if error is not None:
+    except Exception as error:
         raise TraceError(
             f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
             "Give inputs with args= and kwargs= that the model runs on."
         ) from error
-    return outputs, ""
 
 
-def _convert(model: nn.Module, example: Example | None, expected: Any, request: Request) -> tuple[nn.Module, Plan]:
+def _convert(model: nn.Module, example: Example, observed: Observation, request: Request) -> tuple[nn.Module, Plan]:
     """Return the model as one graph, or with graphs in its blocks, as the scope says, and its plan."""
     if request.scope == "blocks":
-        return convert_blocks(model, example, expected, request)
-    if request.scope == "graph" or example is None:
-        return convert_graph(model, example, expected, request)
+        return convert_blocks(model, example, observed, request)
+    if request.scope == "graph":
+        return convert_graph(model, example, observed, request)
     own = own_interface(model)
     if own:
         why = (
             f"{type(model).__name__} has {', '.join(own[:3])}{' and more' if len(own) > 3 else ''}, as a graph has not"
         )
         with contextlib.suppress(HCTransformError):
-            return convert_blocks(model, example, expected, request, why)
-    return _convert_either(model, example, expected, request)
+            return convert_blocks(model, example, observed, request, why)
+    return _convert_either(model, example, observed, request)
 
 
-def _convert_either(model: nn.Module, example: Example, expected: Any, request: Request) -> tuple[nn.Module, Plan]:
+def _convert_either(
+    model: nn.Module, example: Example, observed: Observation, request: Request
+) -> tuple[nn.Module, Plan]:
     """Return the model as one graph; where it is none, or decides on values, with graphs in its blocks."""
     try:
-        graph, chosen = convert_graph(model, example, expected, request)
+        graph, chosen = convert_graph(model, example, observed, request)
     except MAY_BE_BLOCKS as error:
         if isinstance(error.__cause__, ValueError):
             raise
         try:
-            return convert_blocks(model, example, expected, request, f"the whole model is no one graph: {error}")
+            return convert_blocks(model, example, observed, request, f"the whole model is no one graph: {error}")
         except HCTransformError:
             raise error from None
     if graph.decides_on_values:
         why = "its code decides on values of tensors or on random numbers, which each block does by itself"
         with contextlib.suppress(HCTransformError):
-            made = convert_blocks(model, example, expected, request, why)
+            made = convert_blocks(model, example, observed, request, why)
             if len(made[1].residuals) >= len(chosen.residuals):
                 return made
     return graph, chosen
@@ -328,12 +352,11 @@ def own_interface(model: nn.Module) -> list[str]:
 
 
 def _convert_in_full(
-    model: nn.Module, full: nn.Module, example: Example | None, expected: Any, request: Request
+    model: nn.Module, full: tuple[nn.Module, Observation], example: Example, expected: Any, request: Request
 ) -> tuple[nn.Module, Plan]:
     """Convert a model in training mode that leaves residuals out at random: with all that it has in eval mode."""
     modes = {path: module.training for path, module in model.named_modules()}
-    assert example is not None
-    made: tuple[Any, Plan] = _convert(full, example, None, replace(request, inplace=False))
+    made: tuple[Any, Plan] = _convert(full[0], example, full[1], replace(request, inplace=False))
     converted, chosen = made
     _set_modes(converted, modes)
     note = f"{type(model).__name__} leaves residuals out in training mode: those of eval mode were converted."
@@ -353,22 +376,27 @@ def _convert_in_full(
     return converted, chosen
 
 
-def full_mode(model: nn.Module, example: Example | None) -> nn.Module | None:
-    """Return a copy of ``model`` in eval mode if it has more residuals there, as layers that are dropped at random."""
-    if example is None or not any(module.training for module in model.modules()):
+def full_mode(
+    model: nn.Module, example: Example, observed: Observation, request: Request
+) -> tuple[nn.Module, Observation] | None:
+    """Return a copy of ``model`` in eval mode if it has more residuals there, as layers that are dropped at random.
+
+    And what is seen of that.
+    """
+    tape = observed.tape
+    if tape is None or not any(module.training for module in model.modules()):
         return None
-    tape = record(model, *example)
     if not tape.decides and LOTS.isdisjoint(name_of(node) for node in tape.graph_module.graph.nodes):
         return None
     copy = clone_structure(model).eval()
     try:
-        residuals = [len(find_residuals(t.graph_module).residuals) for t in (tape, record(copy, *example))]
+        full = observe(copy, *example, request.hints)
     except NEVER_HIDDEN:
         raise
     except Exception as error:  # noqa: BLE001  # whatever the user's code raises
         log.info("%s cannot be run in eval mode: %s", type(model).__name__, describe(error))
         return None
-    return copy if residuals[1] > residuals[0] else None
+    return (copy, full) if len(full.findings.residuals) > len(observed.findings.residuals) else None
 
 
 def _set_modes(converted: nn.Module, modes: Mapping[str, bool]) -> None:

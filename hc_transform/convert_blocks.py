@@ -10,20 +10,19 @@ import torch
 from torch import nn
 
 from .capture.add_bytecode import may_add
-from .capture.tape import Tape, record
 from .capture.trace import describe
 from .connections import Connection
-from .errors import NEVER_HIDDEN, OUT_OF_RESOURCES, HCTransformError, TraceError
+from .errors import NEVER_HIDDEN, OUT_OF_RESOURCES, HCTransformError
 from .graphs import meta
 from .models.copies import clone_structure, compiled_from, in_other_mode
 from .models.selection import Hints
 from .options import Options
 from .request import OPTIMIZER_NOTE, Example, Request
-from .residuals.find import find_residuals
 from .residuals.findings import Reason, Residual
 from .residuals.keys import DROPOUT_KEY, EXPAND, READOUT, added_modules, relative
+from .residuals.observation import Observation
 from .residuals.placement import BlockPlan, BlocksPlan, container, find_holders, in_some_calls, plan_blocks
-from .residuals.planner import Plan, make_plan, selected
+from .residuals.planner import Plan, choose, selected
 from .residuals.report import has_nothing, nothing_to_convert, report_of
 from .residuals.trunks import Trunk, as_skipped
 from .rewriting.new_modules import expand_key, make_connections, make_ends, other_parameters, readout_key
@@ -50,62 +49,54 @@ class CannotConvert(Exception):
         self.reason = reason
 
 
-def analyse_blocks(  # noqa: PLR0913  # one attempt, with what earlier ones found out
+def analyse_blocks(
     model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
+    observed: Observation,
     options: Options,
     share_calls: bool,
     refused: Mapping[str, str],
     apart: str = "",
-    tape: Tape | None = None,
-) -> tuple[BlocksPlan, Tape]:
-    """Record one run of the model, find its residuals, and plan which modules become blocks.
+) -> BlocksPlan:
+    """Plan which modules become blocks.
 
     Residuals that no block can hold are left out before trunks are chosen, so that those inside of
     their branches have their chance.
     """
-    tape = tape or record(model, args, kwargs)
-    findings = find_residuals(tape.graph_module)
+    findings = observed.findings
     holders, homeless = find_holders(findings.residuals, model, refused)
     held = [r for r in findings.residuals if r.add in holders]
     chosen, excluded = selected(held, options)
     while True:
         wanted = replace(findings, residuals=tuple(chosen))
-        plan = make_plan(tape.graph_module, wanted, replace(options, include=(), exclude=()))
+        plan = choose(observed.graph_module, wanted, replace(options, include=(), exclude=()))
         uneven = in_some_calls(plan, held, holders)
         if not uneven:
             break
         excluded += [as_skipped(r, Reason.UNEVEN) for r in uneven]
         chosen = [r for r in chosen if r not in uneven]
-    options = replace(options, keep_layout=tape.asks_layout)
+    options = replace(options, keep_layout=observed.asks_layout)
     plan = replace(plan, skipped=(*plan.skipped, *excluded, *homeless.values()), options=options)
-    return plan_blocks(plan, holders, findings.residuals, share_calls=share_calls, apart=apart, refused=refused), tape
+    return plan_blocks(plan, holders, findings.residuals, share_calls=share_calls, apart=apart, refused=refused)
 
 
 def _with_graphs(
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    options: Options,
-    hints: Hints,
-    *,
-    share_calls: bool,
-) -> tuple[nn.Module, BlocksPlan, Tape, dict[str, Any]]:
-    """Return the converted model, what was planned, the tape, and the new modules by their keys.
+    model: nn.Module, example: Example, observed: Observation, request: Request
+) -> tuple[nn.Module, BlocksPlan, dict[str, Any]]:
+    """Return the converted model, what was planned, and the new modules by their keys.
 
     A block that cannot be traced stays as it is, with the reason in the plan.
     """
-    refused = _refused(model, hints)
-    tape, apart = None, ""
+    args, kwargs = example
+    refused = _refused(model, observed)
+    apart = ""
     for _ in range(ATTEMPTS):
-        planned, tape = analyse_blocks(model, args, kwargs, options, share_calls, refused, apart, tape)
+        planned = analyse_blocks(model, observed, request.options, request.share_calls, refused, apart)
         if not planned.plan.residuals:
-            return clone_structure(model), planned, tape, {}
+            return clone_structure(model), planned, {}
         connections = make_connections(planned.plan)
         converted = clone_structure(model)
         try:
-            modules = _install(converted, planned, connections, hints)
+            modules = _install(converted, planned, connections, request.hints)
             _traced_run(converted, args, kwargs)
             note = _run_in_other_mode(model, converted, args, kwargs)
         except CannotConvert as failure:
@@ -116,7 +107,7 @@ def _with_graphs(
                 raise HCTransformError(f"the converted {type(model).__name__} fails: {failure}") from failure
             apart = str(failure)
             continue
-        return converted, replace(planned, notes=(*planned.notes, *note)), tape, modules
+        return converted, replace(planned, notes=(*planned.notes, *note)), modules
     raise HCTransformError(
         f"more than {ATTEMPTS} modules of {type(model).__name__} cannot be traced, among them "
         f"{', '.join(list(refused)[:3])}: {next(iter(refused.values()))}"
@@ -124,31 +115,24 @@ def _with_graphs(
 
 
 def convert_blocks(
-    model: nn.Module, example: Example | None, expected: Any, request: Request, why: str = ""
+    model: nn.Module, example: Example, observed: Observation, request: Request, why: str = ""
 ) -> tuple[nn.Module, Plan]:
     """Return the model with graphs in its blocks, and its plan.
 
     Args:
         model: the original.
         example: inputs to run it on.
-        expected: its outputs on them, None if they are not known.
+        observed: what is seen of it.
         request: what it is to become.
         why: why this scope was chosen; "" if it was asked for.
     """
-    if example is None:
-        raise TraceError(
-            f"scope='blocks' runs {type(model).__name__} once to find its residuals: give example inputs with args= "
-            "and kwargs="
-        )
-    converted, planned, tape, modules = _with_graphs(
-        model, *example, request.options, request.hints, share_calls=request.share_calls
-    )
+    converted, planned, modules = _with_graphs(model, example, observed, request)
     plan = planned.plan
     if has_nothing(plan):
         raise nothing_to_convert(model, plan)
     notes, error = [], None
-    if request.verify:
-        found = verify_blocks(model, converted, planned, tape, modules, *example, expected=expected)
+    if request.verify and observed.tape is not None:
+        found = verify_blocks(model, converted, planned, observed.tape, modules, *example, expected=observed.outputs)
         error = found.error
         notes.append(found.note)
     reason = f"because {why.rstrip('.')}" if why else "as asked"
@@ -165,17 +149,16 @@ def convert_blocks(
     return converted, plan
 
 
-def _refused(model: nn.Module, hints: Hints) -> dict[str, str]:
+def _refused(model: nn.Module, observed: Observation) -> dict[str, str]:
     """Return the modules that cannot become blocks, before anything is tried."""
     refused: dict[str, str] = {}
-    chosen = hints.chosen("leaf_modules", model)
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             refused[path] = "it is scripted"
         elif "forward" in module.__dict__ and compiled_from(module) is None and may_add(module):
             refused[path] = "its forward is set on the instance, in place of its class's"
-        elif any(path == leaf or path.startswith(leaf + ".") for leaf in chosen):
-            refused[path] = "leaf_modules names it"
+        elif (why := observed.stays_whole(path)) is not None:
+            refused[path] = why
     return refused
 
 

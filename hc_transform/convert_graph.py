@@ -11,8 +11,9 @@ from .errors import HCTransformError
 from .models.copies import clone_structure, in_other_mode, uncompile
 from .request import OPTIMIZER_NOTE, Example, Request
 from .residuals.analysis import analyse
+from .residuals.observation import Observation
 from .residuals.planner import Plan
-from .residuals.report import has_nothing, nothing_to_convert, report_of
+from .residuals.report import report_of
 from .rewriting.new_modules import make_connections, new_modules, other_parameters
 from .running.graph_model import HyperConnectedModule
 from .running.variants import decides_on_training
@@ -20,20 +21,18 @@ from .verification.verify import verify
 
 
 def convert_graph(
-    model: nn.Module, example: Example | None, expected: Any, request: Request
+    model: nn.Module, example: Example | None, observed: Observation, request: Request
 ) -> tuple[HyperConnectedModule, Plan]:
     """Return the model as one graph, and its plan.
 
     Args:
         model: the original.
         example: inputs to trace it with; None to trace without values.
-        expected: its outputs on them, None if they are not known.
+        observed: what is seen of it.
         request: what it is to become.
     """
     inputs = None if example is None else bind_inputs(model, *example)
-    analysis = analyse(model, inputs, request.options, request.hints)
-    if has_nothing(analysis.plan):
-        raise nothing_to_convert(model, analysis.plan)
+    analysis = analyse(model, observed, inputs, request.options, request.hints)
     connections = make_connections(analysis.plan)
     modules = new_modules(connections, analysis.plan)
     original = uncompile(clone_structure(model), analysis.trace.inlined)
@@ -45,7 +44,7 @@ def convert_graph(
     if example is None:
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
     elif request.verify:
-        found = verify(model, converted, analysis.plan, *example, expected=expected)
+        found = verify(model, converted, analysis.plan, *example, expected=observed.outputs)
         error = found.error
         notes.insert(0, found.note)
     others = other_parameters(modules.values(), connections)

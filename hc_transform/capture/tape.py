@@ -22,6 +22,7 @@ from torch import fx, nn
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointFunction
 
 from ..graphs import meta
 from ..graphs.aliases import layout_of, memory_of, written_through
@@ -65,7 +66,10 @@ class Tape:
         inputs: the tensors of the run's inputs, in the order of the placeholders.
         reads_values: whether Python took numbers out of computed tensors, so that other values could take
             another way.
+        draws: whether Python's or numpy's generators were drawn from.
+        closes_over: whether a function under ``torch.vmap`` uses more than it is given.
         asks_layout: whether code asked how a tensor lies in memory.
+        outputs: what the run returned, detached.
     """
 
     graph_module: fx.GraphModule
@@ -74,6 +78,7 @@ class Tape:
     draws: bool = False
     closes_over: bool = False
     asks_layout: bool = False
+    outputs: Any = None
 
     @property
     def decides(self) -> bool:
@@ -108,7 +113,19 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         with recorder:
             output = model(*args, **kwargs)
         draws = host_states() != host
-    return Tape(recorder.finish(output), kept, recorder.reads_values, draws, recorder.closes_over, recorder.asks_layout)
+    return Tape(
+        recorder.finish(output),
+        kept,
+        recorder.reads_values,
+        draws,
+        recorder.closes_over,
+        recorder.asks_layout,
+        pytree.tree_map(_detached, output),
+    )
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
 
 
 class _Recorder(TorchFunctionMode):
@@ -370,6 +387,9 @@ class _Recorder(TorchFunctionMode):
         def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
             if recorder.inside_leaf or threading.get_ident() != thread:
                 return plain_apply.__get__(None, cls)(*args, **kwargs)
+            if cls is CheckpointFunction:  # what it runs is the model's own code
+                function, _, *given = args
+                return function(*given)
             recorder.inside_leaf += 1
             try:
                 value = plain_apply.__get__(None, cls)(*args, **kwargs)

@@ -1,9 +1,9 @@
-"""The passes in a row: trace, find, plan; with only the scopes that matter; and again for other calls."""
+"""From what was seen of a model to its plan, and to the graph of its code that the plan is carried out on."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,20 +11,34 @@ from torch import nn
 
 from ..capture.kinds import Kinds
 from ..capture.trace import Trace, trace
-from ..errors import TraceError
+from ..errors import HCTransformError, TraceError, UnsupportedModel
 from ..graphs import meta
 from ..models.selection import Hints
 from ..options import Options
 from .find import find_residuals
-from .findings import Findings
-from .identity import Identity, identities, operation, recognised, way_after, with_ways
+from .findings import Findings, Reason, Residual, Skipped
+from .identity import (
+    Identity,
+    hidden_by,
+    identities,
+    operation,
+    recognised,
+    refuse_hidden,
+    stayed_whole,
+    way_after,
+    with_ways,
+)
+from .observation import Observation
 from .passage import Passage
-from .planner import Plan, make_plan, refuse_nonlinear
-from .probe import opaque_adds
-from .trunks import Trunk, flow_of
+from .planner import Plan, choose, plan_again, refuse_nonlinear, with_keys_of
+from .report import has_nothing, nothing_to_convert
+from .trunks import Trunk, as_skipped, flow_of
 from .unused import without_unused
 
 log = logging.getLogger("hc_transform")
+
+ATTEMPTS = 20  # times that a plan turns out to hold what no graph of the code shows
+NOT_SHOWN = "a graph of its code does not show it"
 
 
 @dataclass(frozen=True)
@@ -44,35 +58,102 @@ class Analysis:
 
 def analyse(
     model: nn.Module,
+    observed: Observation,
     inputs: Mapping[str, Any] | None,
     options: Options,
-    hints: Hints | None = None,
+    hints: Hints,
 ) -> Analysis:
-    """Trace ``model``, find its residuals and plan their conversion.
+    """Plan the conversion of what was seen of ``model``, and trace its code for one graph of the whole.
 
-    The first trace goes into every module whose code adds, to give each add a verdict. The second
-    goes only into modules that hold a residual to convert, so that the graph stays readable and all
-    other modules keep their Python.
+    Only modules that hold a residual to convert are traced into, so that the graph stays readable and all others keep
+    their Python. What turns out to be in a module that stays whole is left plain, and the plan made anew.
+
+    Args:
+        model: as it is before conversion.
+        observed: what was seen of it.
+        inputs: example values by parameter name; None to trace without.
+        options, hints: of the request.
+
+    Raises:
+        NothingToConvert: no residual is left.
+        TraceError: the root's own code cannot be traced.
     """
+    refused: dict[str, str] = {}  # residuals, by their names
+    for _ in range(ATTEMPTS):
+        plan = _plan_of(observed, options, refused)
+        if has_nothing(plan):
+            raise nothing_to_convert(model, plan)
+        known = identities(observed.findings.residuals, {r.add: r.name for r in plan.residuals})
+        nonlinear, missing = None, {}
+        for traced in _traces(model, inputs, _scopes(plan), hints):
+            try:
+                analysis, missing, for_good = _captured(plan, known, traced)
+            except UnsupportedModel as error:  # a module that it did not go into is not linear, for all it knows
+                nonlinear = error
+                continue
+            nonlinear = None
+            if for_good or not missing and len(analysis.plan.trunks) == len(plan.trunks):
+                break
+        if nonlinear is not None:
+            raise nonlinear
+        if not missing:
+            return analysis
+        refused.update(missing)
+    raise HCTransformError(
+        f"more than {ATTEMPTS} plans of {type(model).__name__} hold residuals that no graph shows, among them "
+        f"{', '.join(list(refused)[:3])}: {next(iter(refused.values()))}"
+    )
+
+
+def _captured(plan: Plan, known: Sequence[Identity], traced: Trace) -> tuple[Analysis, dict[str, str], bool]:
+    """Return a plan as it is carried out on a graph, with its keys and verdicts.
+
+    And why residuals are not in that graph, by their names, and whether no other graph has them.
+    """
+    findings = find_residuals(traced.graph_module)
+    residuals, absent, extra = recognised(findings, known)
+    captured = plan_again(traced.graph_module, Findings(residuals, (), findings.shortcuts), plan.options)
+    captured = with_keys_of(captured, {r.name: r.key for r in plan.residuals}, {})
+    captured = replace(captured, skipped=plan.skipped)
+    names = {r.add: r.name for r in captured.residuals}
+    whole = {str(k.name): stayed_whole(k, traced.opaque) for k in absent}
+    missing = {str(k.name): whole[str(k.name)] or hidden_by(k, findings, extra, {}) or NOT_SHOWN for k in absent}
+    missing.update({r.name: NOT_SHOWN for r in residuals if r.name not in names.values()})
+    ways = with_ways(identities(findings.residuals, names), captured.trunks)
+    return Analysis(captured, traced, ways), missing, any(whole.values())
+
+
+def _plan_of(observed: Observation, options: Options, refused: Mapping[str, str]) -> Plan:
+    """Return the plan of what was seen, without residuals that are refused by their names or in modules that are."""
+    findings = without_unused(observed.findings)
+    kept: list[Residual] = []
+    out: list[Skipped] = []
+    for residual in findings.residuals:
+        why = refused.get(residual.name) or observed.stays_whole(residual.module)
+        if why is None:
+            kept.append(residual)
+        else:
+            out.append(as_skipped(residual, Reason.OPAQUE, why))
+    plan = choose(observed.graph_module, replace(findings, residuals=tuple(kept)), options)
+    layout = plan.options.keep_layout or observed.asks_layout
+    skipped = (*plan.skipped, *out, *observed.hidden)
+    return replace(plan, skipped=skipped, options=replace(plan.options, keep_layout=layout))
+
+
+def _traces(
+    model: nn.Module, inputs: Mapping[str, Any] | None, scopes: frozenset[str], hints: Hints
+) -> Iterator[Trace]:
+    """Yield traces that go into the modules that hold residuals alone, and into more of them.
+
+    Should fewer give other trunks: all that may add but those whose code decides on values, where that is of no use,
+    and all.
+    """
+    yield trace(model, inputs, inline=scopes, hints=hints)
     wide = trace(model, inputs, hints=hints)
-    findings = find_residuals(wide.graph_module)
-    plan = make_plan(wide.graph_module, without_unused(findings), options)
-    plan = replace(plan, skipped=(*plan.skipped, *opaque_adds(model, wide)))
-    scopes = _scopes(plan)
-    if scopes == wide.inlined:
-        return _known(Analysis(plan, wide), findings)
-    # Should fewer scopes give another plan: all but those whose code decides on values, where that is of no use.
-    fallback = frozenset(p for p in wide.inlined if p in scopes or not _within(p, wide.deciders))
-    for inline in (scopes, fallback) if fallback != wide.inlined else (scopes,):
-        narrow = trace(model, inputs, inline=inline, hints=hints)
-        found = find_residuals(narrow.graph_module)
-        wanted = {r.name for r in plan.residuals}
-        chosen = tuple(r for r in found.residuals if r.name in wanted)
-        again = make_plan(narrow.graph_module, Findings(chosen, (), found.shortcuts), _chosen_already(options))
-        names = [r.name for r in plan.residuals]
-        if [r.name for r in again.residuals] == names and len(again.trunks) == len(plan.trunks):
-            return _known(Analysis(replace(again, skipped=plan.skipped, options=plan.options), narrow), found)
-    return _known(Analysis(plan, wide), findings)
+    fewer = frozenset(p for p in wide.inlined if p in scopes or not _within(p, wide.deciders))
+    if fewer != wide.inlined:
+        yield trace(model, inputs, inline=fewer, hints=hints)
+    yield wide
 
 
 def analyse_again(  # noqa: PLR0913  # what the first trace knew
@@ -102,14 +183,16 @@ def analyse_again(  # noqa: PLR0913  # what the first trace knew
     """
     traced = trace(model, inputs, inline=inline, hints=hints, observed=observed, loose=loose)
     findings = find_residuals(traced.graph_module)
-    selected, _, extra = recognised(findings, known, traced.opaque, change)
+    selected, missing, extra = recognised(findings, known)
+    for identity in missing:
+        refuse_hidden(identity, hidden_by(identity, findings, extra, traced.opaque), change)
     if extra and not loose:
         raise TraceError(
             f"for these inputs the model has other residuals than those that were converted: "
             f"{', '.join(r.name for r in extra)} at {extra[0].location}. {change or ''} Convert another copy of the "
             "model with example inputs like these."
         )
-    plan = make_plan(traced.graph_module, Findings(selected, (), findings.shortcuts), _chosen_already(options))
+    plan = plan_again(traced.graph_module, Findings(selected, (), findings.shortcuts), options)
     lost = {r.name for r in selected} - {r.name for r in plan.residuals}
     if lost:
         raise TraceError(
@@ -117,7 +200,7 @@ def analyse_again(  # noqa: PLR0913  # what the first trace knew
             f"{change or ''} Convert another copy of the model with example inputs like these, or leave them out with "
             "exclude=[...]."
         )
-    if any(identity.name not in {r.name for r in selected} for identity in known if identity.name):
+    if missing:
         passage = Passage(Kinds(traced.graph_module), adds=[r.add for r in plan.residuals])
         plan = replace(plan, trunks=tuple(_with_ends(trunk, known, passage) for trunk in plan.trunks))
         refuse_nonlinear(plan.trunks, passage.kinds, options)
@@ -130,16 +213,6 @@ def log_left_out(name: str, analysis: Analysis) -> None:
         level = logging.INFO if analysis.trace.deciders else logging.WARNING
         names = ", ".join(analysis.left_out)
         log.log(level, "%s: this kind of call does without the residuals %s", name or "the model", names)
-
-
-def _chosen_already(options: Options) -> Options:
-    """Return the options for residuals that an earlier plan chose."""
-    return replace(options, include=(), exclude=(), min_residuals=1, nested="all")
-
-
-def _known(analysis: Analysis, findings: Findings) -> Analysis:
-    names = {r.add: r.name for r in analysis.plan.residuals}
-    return replace(analysis, known=with_ways(identities(findings.residuals, names), analysis.plan.trunks))
 
 
 def _with_ends(trunk: Trunk, known: Sequence[Identity], passage: Passage) -> Trunk:

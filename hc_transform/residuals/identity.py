@@ -112,18 +112,13 @@ def relative_path(path: str, below: str) -> str:
 
 
 def recognised(
-    findings: Findings, known: Sequence[Identity], opaque: Mapping[str, str], change: object = None
-) -> tuple[tuple[Residual, ...], tuple[str, ...], tuple[Residual, ...]]:
-    """Return the converted residuals among those found, under their names; names that are not there; and new ones.
+    findings: Findings, known: Sequence[Identity]
+) -> tuple[tuple[Residual, ...], tuple[Identity, ...], tuple[Residual, ...]]:
+    """Return the converted residuals among those found, under their names; those that are not there; and new ones.
 
     Args:
         findings: of the new trace.
         known: the residuals of the module, those left plain among them.
-        opaque: modules that stayed whole in the new trace, with the reason.
-        change: what led to it, for the error.
-
-    Raises:
-        TraceError: a residual that was converted is there, but not as one.
     """
     found = identities(findings.residuals, {})
     twin: dict[int, int] = {}
@@ -138,10 +133,9 @@ def recognised(
             selected.append(replace(residual, name=name))
         elif i not in twin:
             extra.append(residual)
-    missing = [known[i] for i in range(len(known)) if i not in twin.values() and known[i].name is not None]
-    for identity in missing:
-        _refuse_hidden(identity, findings, extra, opaque, change)
-    return tuple(selected), tuple(str(m.name) for m in missing), tuple(extra)
+    there = set(twin.values())
+    missing = tuple(k for i, k in enumerate(known) if i not in there and k.name is not None)
+    return tuple(selected), missing, tuple(extra)
 
 
 def _aligned(known: Sequence[Identity], found: Sequence[Identity]) -> list[tuple[int, int]]:
@@ -185,23 +179,41 @@ def _covered(one: frozenset[str], other: frozenset[str]) -> float:
     return sum(any(related(p, q) for q in other) for p in one) / len(one)
 
 
-def _refuse_hidden(
-    identity: Identity, findings: Findings, extra: Iterable[Residual], opaque: Mapping[str, str], change: object
-) -> None:
-    """Raise TraceError if a residual that is not found may be there all the same."""
-    why = next(
-        (
-            f"{path} stayed whole: {reason}"
-            for path, reason in opaque.items()
-            if identity.module == path or identity.module.startswith(path + ".")
-        ),
-        None,
-    )
+def hidden_by(
+    identity: Identity, findings: Findings, extra: Iterable[Residual], opaque: Mapping[str, str]
+) -> str | None:
+    """Return why a residual that is not found may be there all the same, None if the code does without it.
+
+    Args:
+        identity: what it is known by.
+        findings, extra: of the new trace, and those among its residuals that were not there before.
+        opaque: modules that stayed whole in it, with the reason.
+    """
+    whole = stayed_whole(identity, opaque)
+    if whole is not None:
+        return whole
     for skipped in findings.skipped:
         if skipped.module == identity.module and identity.lines and skipped.location == identity.lines[0]:
-            why = why or f"its add is none now: {skipped}"
-    if any(r.module == identity.module for r in extra):
-        why = why or "the module has others in its place"
+            return f"its add is none now: {skipped}"
+    return "the module has others in its place" if any(r.module == identity.module for r in extra) else None
+
+
+def stayed_whole(identity: Identity, opaque: Mapping[str, str]) -> str | None:
+    """Return why a residual's code is in no graph, None if it is."""
+    for path, reason in opaque.items():
+        if identity.module == path or identity.module.startswith(path + "."):
+            return f"{path} stayed whole: {reason}"
+    return None
+
+
+def refuse_hidden(identity: Identity, why: str | None, change: object = None) -> None:
+    """Raise TraceError if a residual that is not found may be there all the same.
+
+    Args:
+        identity: what it is known by.
+        why: of :func:`hidden_by`.
+        change: what led to the new trace.
+    """
     if why is not None:
         raise TraceError(
             f"for these inputs the model has other residuals than those that were converted: {identity.name} cannot be "

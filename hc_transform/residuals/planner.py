@@ -19,7 +19,7 @@ from ..graphs.passes import logged_pass
 from ..graphs.shape_reads import asks_layout
 from ..options import Options
 from .features import feature_axis, no_features
-from .findings import Findings, Reason, Residual, Skipped
+from .findings import Findings, Reason, Residual, Shortcut, Skipped
 from .keys import with_keys
 from .nesting import among, without_nested
 from .passage import Passage, nonlinear_in
@@ -52,14 +52,25 @@ class Plan:
 
 @logged_pass
 def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:
-    """Group the residuals of ``graph_module`` into trunks.
+    """Group the residuals of ``graph_module`` into trunks, for this graph to be rewritten.
+
+    Raises:
+        PatternError: a pattern in ``include`` or ``exclude`` matches no residual.
+        UnsupportedModel: ``init="mirrored"`` on a trunk that carries a nonlinear operation.
+    """
+    plan = choose(graph_module, findings, options)
+    refuse_nonlinear(plan.trunks, Kinds(graph_module), options)
+    return plan
+
+
+def choose(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:
+    """Decide which residuals of ``graph_module`` are converted, in which trunks, in whatever graphs of the code.
 
     Of residuals that nest, the level with the most of them is converted, unless
     ``options.nested`` is "all".
 
     Raises:
         PatternError: a pattern in ``include`` or ``exclude`` matches no residual.
-        UnsupportedModel: ``init="mirrored"`` on a trunk that carries a nonlinear operation.
     """
     kinds = Kinds(graph_module)
     active, skipped = selected(findings.residuals, options)
@@ -71,9 +82,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     active = among(active)
     active, shared = with_reads_of_their_own(active)
     skipped += shared
-    active = with_keys(active)
-    passage = Passage(kinds, shortcuts, [r.add for r in active])
-    groups = split(group(active, passage), passage)
+    groups, passage = _groups(with_keys(active), kinds, shortcuts)
     short = [members for members in groups if len(members) < options.min_residuals]
     skipped += [as_skipped(r, Reason.SHORT, f"{len(members)}") for members in short for r in members]
     groups = [members for members in groups if members not in short]
@@ -81,13 +90,45 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
         lengths = [members for members in groups if no_features(members, kinds.modules)]
         skipped += [as_skipped(r, Reason.NO_FEATURES) for members in lengths for r in members]
         groups = [members for members in groups if members not in lengths]
-    order = {node: i for i, node in enumerate(graph_module.graph.nodes)}
-    groups.sort(key=lambda members: order[members[0].add])
     trunks = _trunks(_shared(groups, kinds), passage)
     if options.plain:
         skipped += [as_skipped(r, Reason.PLAIN) for t in trunks for r in t.residuals]
         trunks = ()
+    return _planned(graph_module, findings, (trunks, skipped), options)
+
+
+@logged_pass
+def plan_again(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:
+    """Group residuals that an earlier plan chose, as they are in another graph of the same code.
+
+    Those that cannot be converted in it are left out of the trunks.
+
+    Raises:
+        UnsupportedModel: as for :func:`make_plan`.
+    """
+    kinds = Kinds(graph_module)
+    shortcuts = findings.shortcuts if options.shortcuts == "carry" else ()
+    active, skipped = with_reads_of_their_own(among(list(findings.residuals)))
+    groups, passage = _groups(with_keys(active), kinds, shortcuts)
+    trunks = _trunks(_shared(groups, kinds), passage)
     refuse_nonlinear(trunks, kinds, options)
+    return _planned(graph_module, findings, (trunks, skipped), options)
+
+
+def _groups(
+    residuals: Sequence[Residual], kinds: Kinds, shortcuts: Sequence[Shortcut]
+) -> tuple[list[list[Residual]], Passage]:
+    """Return the residuals of each trunk, in order of execution, and what leads from one to the next."""
+    passage = Passage(kinds, shortcuts, [r.add for r in residuals])
+    groups = split(group(residuals, passage), passage)
+    return sorted(groups, key=lambda members: members[0].add), passage
+
+
+def _planned(
+    graph_module: fx.GraphModule, findings: Findings, made: tuple[tuple[Trunk, ...], list[Skipped]], options: Options
+) -> Plan:
+    """Return the plan of trunks that were made, and what was skipped."""
+    trunks, skipped = made
     carried = {node for trunk in trunks for node in trunk.carried}
     passed = {s.verdict: replace(s.verdict, reason=Reason.CARRIED) for s in findings.shortcuts if s.add in carried}
     verdicts = [passed.get(verdict, verdict) for verdict in findings.skipped]
