@@ -30,8 +30,7 @@ from .running.block_module import install
 from .running.block_runner import RUNNER, BlockError, BlockRunner, reads_training
 from .running.variants import Captures
 from .streams.hook_readouts import read_outputs
-from .verification.verify import run_like
-from .verification.verify_blocks import verify_blocks
+from .verification.verify import Seen, run_like, verify
 
 ATTEMPTS = 20  # blocks of one model that turn out not to be traceable
 
@@ -131,8 +130,10 @@ def convert_blocks(
     if has_nothing(plan):
         raise nothing_to_convert(model, plan)
     notes, error = [], None
-    if request.verify and observed.tape is not None:
-        found = verify_blocks(model, converted, planned, observed.tape, modules, *example, expected=observed.outputs)
+    tape = observed.tape
+    if request.verify and tape is not None:
+        seen = Seen(plan, tape.graph_module, tape.named_inputs, modules, tape)
+        found = verify(model, converted, seen, *example, expected=observed.outputs)
         error = found.error
         notes.append(found.note)
     reason = f"because {why.rstrip('.')}" if why else "as asked"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -10,14 +11,15 @@ from .capture.trace import bind_inputs
 from .errors import HCTransformError
 from .models.copies import clone_structure, in_other_mode, uncompile
 from .request import OPTIMIZER_NOTE, Example, Request
-from .residuals.analysis import analyse
+from .residuals.analysis import Analysis, analyse
+from .residuals.keys import added_modules
 from .residuals.observation import Observation
 from .residuals.planner import Plan
 from .residuals.report import report_of
 from .rewriting.new_modules import make_connections, new_modules, other_parameters
 from .running.graph_model import HyperConnectedModule
 from .running.variants import decides_on_training
-from .verification.verify import verify
+from .verification.verify import Seen, verify
 
 
 def convert_graph(
@@ -44,12 +46,35 @@ def convert_graph(
     if example is None:
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
     elif request.verify:
-        found = verify(model, converted, analysis.plan, *example, expected=observed.outputs)
+        found = verify(
+            model, converted, _seen(analysis, converted, observed, inputs or {}), *example, expected=observed.outputs
+        )
         error = found.error
         notes.insert(0, found.note)
     others = other_parameters(modules.values(), connections)
     converted.hc_report = report_of(analysis.plan, connections, error, tuple(notes), others)
     return converted, analysis.plan
+
+
+def _seen(
+    analysis: Analysis, converted: HyperConnectedModule, observed: Observation, inputs: Mapping[str, Any]
+) -> Seen:
+    """Return the recorded run, which knows nothing of our tracer, where it is a measure; else the trace."""
+    tape, plan, added = observed.tape, analysis.plan, added_modules(converted)
+    chosen = analysis.chosen
+    if (
+        tape is None
+        or chosen is None
+        or tape.reads_values
+        or tape.closes_over
+        or _on_trunks(chosen) != _on_trunks(plan)
+    ):
+        return Seen(plan, plan.graph_module, inputs, added)
+    return Seen(chosen, tape.graph_module, tape.named_inputs, added, tape)
+
+
+def _on_trunks(plan: Plan) -> list[list[str]]:
+    return [[residual.name for residual in trunk.residuals] for trunk in plan.trunks]
 
 
 def trace_mode(converted: HyperConnectedModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

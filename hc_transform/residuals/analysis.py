@@ -43,11 +43,19 @@ NOT_SHOWN = "a graph of its code does not show it"
 
 @dataclass(frozen=True)
 class Analysis:
-    """The plan of a model, the trace it was made on, and what all residuals of that trace are known by."""
+    """A plan as it is carried out on a trace.
+
+    Attributes:
+        plan: on the graph of the trace.
+        trace: of the model's code.
+        known: what all residuals of the trace are known by.
+        chosen: the plan as it was made, on what was seen of the model; None for a later call.
+    """
 
     plan: Plan
     trace: Trace
     known: tuple[Identity, ...] = ()
+    chosen: Plan | None = None
 
     @property
     def left_out(self) -> tuple[str, ...]:
@@ -84,7 +92,8 @@ def analyse(
         if has_nothing(plan):
             raise nothing_to_convert(model, plan)
         known = identities(observed.findings.residuals, {r.add: r.name for r in plan.residuals})
-        nonlinear, missing = None, {}
+        nonlinear: UnsupportedModel | None = None
+        missing: dict[str, str] = {}
         for traced in _traces(model, inputs, _scopes(plan), hints):
             try:
                 analysis, missing, for_good = _captured(plan, known, traced)
@@ -120,7 +129,7 @@ def _captured(plan: Plan, known: Sequence[Identity], traced: Trace) -> tuple[Ana
     missing = {str(k.name): whole[str(k.name)] or hidden_by(k, findings, extra, {}) or NOT_SHOWN for k in absent}
     missing.update({r.name: NOT_SHOWN for r in residuals if r.name not in names.values()})
     ways = with_ways(identities(findings.residuals, names), captured.trunks)
-    return Analysis(captured, traced, ways), missing, any(whole.values())
+    return Analysis(captured, traced, ways, plan), missing, any(whole.values())
 
 
 def _plan_of(observed: Observation, options: Options, refused: Mapping[str, str]) -> Plan:

@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import nn
 
-from ..capture.trace import bind_inputs
 from ..connections.trunk_ends import StreamDropout
-from ..errors import DecisionChanged, NotEquivalent
-from ..graphs import meta
-from ..graphs.dialects import inputs_of
+from ..errors import DecisionChanged, HCTransformError, NotEquivalent
 from ..models.compare import Comparison, compare, relative_error
-from ..models.copies import copy_inputs, doubled_modules
-from ..residuals.keys import added_modules
 from ..residuals.planner import Plan
 from ..residuals.trunks import nest
 from ..threads import again_beside_threads
-from .pairs import Pair, failures_of, judge_start, run_like, tolerance_of
-from .reference import NamedInputs, ReferenceInterpreter, separate
-from .rounding import OUTPUTS, Judgement, Rounding, judge, largest_error
+from .pairs import DECIDES, Pair, Seen, judge_start, run_like, tolerance_of
+from .reference import separate
+from .rounding import OUTPUTS, Judgement, judge
 
-__all__ = ["Verification", "relative_error", "run_like", "tolerance_of", "verify"]
-
-DECIDES = "the model decides on values of tensors, which other streams change"
-# For separated streams, whose sums the reference rounds in another order and the layers amplify. A stream
-# in a wrong place shows at about 1e-1. Half precision is not compared so. Where either bound is exceeded, what
-# rounding does to the model is measured.
-STREAM_TOLERANCES = {torch.float64: 1e-8, torch.float32: 2e-3}
+__all__ = ["Seen", "Verification", "relative_error", "run_like", "tolerance_of", "verify"]
 
 
 @dataclass(frozen=True)
@@ -79,8 +67,8 @@ class Verification:
 @again_beside_threads
 def verify(
     original: nn.Module,
-    converted: fx.GraphModule,
-    plan: Plan,
+    converted: nn.Module,
+    seen: Seen,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     expected: Any = None,
@@ -89,9 +77,14 @@ def verify(
 
     Both run in the model's present mode with the same random seeds. Equal outputs at the start do not
     show that each stream goes where it should, for then all streams are equal; so the streams after
-    each residual are compared once more, with coefficients moved off their start, to those of
-    :class:`ReferenceInterpreter`. ``expected`` is what :func:`run_like` returns for the
-    original, if that is known already.
+    each residual, and the outputs, are compared once more, with coefficients moved off their start, to those of
+    :class:`ReferenceInterpreter`.
+
+    Args:
+        original, converted: the models.
+        seen: the original as a graph.
+        args, kwargs: the example inputs.
+        expected: what :func:`run_like` returns for the original, if that is known.
 
     Raises:
         NotEquivalent: an error is above the bound of the dtype. Names the first residual after
@@ -100,25 +93,55 @@ def verify(
     """
     if expected is None:
         expected = run_like(original, args, kwargs)
-    where, apart = None, not_covered(plan)
-    start = judged = Judgement()
+    plan = seen.plan
+    start, judged, apart = Judgement(), Judgement(), not_covered(plan)
     bound = tolerance_of(expected, original)
     with without_stream_dropout(converted):
         found = outputs_compared(converted, plan, args, kwargs, expected)
-        pair = _Graphs(original, converted, plan, args, kwargs)
-        covered = plan.residuals and not apart
+        wrong = is_wrong(found, bound, plan)
+        covered = bool(plan.residuals) and not apart
         if covered:
-            try:
-                with separated(pair.connections, plan):
-                    judged = judge(pair)
-                where, apart = described_difference(plan, judged.wrong), judged.unclear
-            except DecisionChanged:
-                apart = DECIDES
-        if is_wrong(found, bound, plan) and where is None:
-            start = judge_start(pair, found.error) if covered else Judgement({OUTPUTS: found.error})
-    if start.wrong or where is not None:
-        raise not_equivalent(original, found, bound, where)
+            pair = Pair(original, converted, seen, args, kwargs)
+            judged, apart = _compared_apart(pair)
+            if wrong and not judged.wrong:
+                start = judge_start(pair, found.error) if not apart else Judgement({OUTPUTS: found.error})
+        elif wrong:
+            start = Judgement({OUTPUTS: found.error})
+    if start.wrong or wrong and judged.wrong:
+        raise not_equivalent(original, found, bound, described_difference(plan, judged.wrong))
+    if judged.wrong:
+        where = described_difference(plan, judged.wrong)
+        error = judged.wrong.get(OUTPUTS, found.error)
+        raise NotEquivalent(
+            f"with separated streams the converted {type(original).__name__} differs from its reference"
+            f"{f' by {error:.1e} (relative)' if OUTPUTS in judged.wrong else ''}; "
+            f"{where or 'no residual differs by itself'}. Leave that residual out with exclude=[...], or report the "
+            "model."
+        )
     return result_of(found, plan, apart, start, judged.explained)
+
+
+def _compared_apart(pair: Pair) -> tuple[Judgement, str]:
+    """Return what differences with separated streams are, and why nothing can be told of them; "" if it can.
+
+    Raises:
+        HCTransformError: the reference or the converted model fails.
+    """
+    try:
+        with separated(pair.connections, pair.seen.plan):
+            errors = pair.differences()
+    except DecisionChanged:
+        return Judgement(), DECIDES
+    except HCTransformError:
+        excuse = pair.excuse()
+        if not excuse:
+            raise
+        return Judgement(), excuse
+    if errors and (excuse := pair.excuse()):
+        return Judgement(), excuse
+    with separated(pair.connections, pair.seen.plan):
+        judged = judge(pair, errors)
+    return judged, judged.unclear
 
 
 def outputs_compared(
@@ -168,59 +191,6 @@ def not_covered(plan: Plan) -> str:
     return ""
 
 
-class _Graphs(Pair):
-    """The graph of a plan beside the one that it became, or copies of both."""
-
-    module: nn.Module | None = None  # that the plan's graph runs on
-
-    @property
-    def connections(self) -> nn.Module:
-        """The modules that conversion added."""
-        return nn.ModuleList(added_modules(self.converted).values())
-
-    def reference(self, rounding: Rounding | None = None) -> tuple[Any, Mapping[str, Tensor]]:
-        """Return the outputs and the streams of the reference.
-
-        Raises:
-            HCTransformError: it cannot be run.
-        """
-        module = self.module or self.plan.graph_module
-        reference = ReferenceInterpreter(self.plan, added_modules(self.converted), module, rounding)
-        reference.wide = self.wide
-        given = self._given()
-        with failures_of("the reference implementation", self.original):
-            return run_like(module, (), given, reference.run_on), reference.written
-
-    def differences(self) -> dict[str, float]:
-        """Return the errors of streams above the usual bound.
-
-        Raises:
-            HCTransformError: one of the two cannot be run with separated streams.
-            DecisionChanged: the graph decides on values that are others then.
-        """
-        graph: Any = self.converted
-        recorder = _Recorder(graph, dict(self.reference()[1]))
-        recorder.wide = self.wide
-        given = self._given()
-        with failures_of("the converted graph", self.original):
-            run_like(self.converted, (), given, recorder.run_on)
-        return recorder.wrong
-
-    def _given(self) -> dict[str, Any]:
-        """Return the inputs by the names of the graph's placeholders."""
-        given = inputs_of(self.plan.graph_module, self.args, self.kwargs)
-        return bind_inputs(self.original, self.args, self.kwargs) if given is None else given
-
-    def copied(self) -> _Graphs:
-        """Return copies in double precision."""
-        module = self.module or self.plan.graph_module
-        original, converted, module = doubled_modules(self.original, self.converted, module)
-        inputs = copy_inputs((self.args, self.kwargs), double=True)
-        pair = _Graphs(original, converted, self.plan, *inputs)
-        pair.module, pair.wide = module, True
-        return pair
-
-
 @contextmanager
 def separated(connections: nn.Module, plan: Plan) -> Iterator[None]:
     """Move all coefficients of ``plan`` off their start, and put them back on exit."""
@@ -243,15 +213,6 @@ def described_difference(plan: Plan, wrong: Mapping[str, float]) -> str | None:
     return None
 
 
-def streams_error(streams: Any, expected: Tensor) -> float:
-    """Return the largest error of streams, expected as ``[n, ...]``; 0 if it is within the bound."""
-    streams, expected = [stream.detach() for stream in streams], expected.to(streams[0].dtype)
-    if len(streams) != len(expected):
-        return math.inf
-    error = largest_error(streams, expected)
-    return 0.0 if error <= STREAM_TOLERANCES.get(expected.dtype, math.inf) else error
-
-
 @contextmanager
 def without_stream_dropout(converted: nn.Module) -> Iterator[None]:
     """Switch the dropout that conversion adds off: it is no part of the original."""
@@ -264,20 +225,3 @@ def without_stream_dropout(converted: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-
-
-class _Recorder(NamedInputs):
-    """Compare the streams after each residual with those of the reference, ``[n, ...]``, which are freed."""
-
-    def __init__(self, gm: fx.GraphModule, expected: dict[str, Tensor]) -> None:
-        super().__init__(gm)
-        self.expected = expected
-        self.wrong: dict[str, float] = {}
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        name = meta.RESIDUAL.of(n)
-        if name is not None:  # at once: what comes next may overwrite the streams
-            if error := streams_error(value, self.expected.pop(name)):
-                self.wrong[name] = error
-        return value
