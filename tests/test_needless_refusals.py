@@ -6,10 +6,11 @@ import copy
 import functools
 import types
 
+import numpy as np
 import pytest
 import torch
 from asserting import ASSERTS, on_shape
-from checks import error, outputs_and_gradients
+from checks import error, moved, outputs_and_gradients
 from einops.layers.torch import Rearrange
 from torch import nn
 from torch.nn.attention.flex_attention import flex_attention
@@ -535,3 +536,111 @@ def test_a_scripted_module_in_a_branch_is_called_as_it_is(compiled, scope):
     for block in model:
         block.f = compiled(block.f)
     check(None, x_of(), scope, model)
+
+
+# -- flags in buffers, numbers of numpy, operations that give back what they are given
+
+
+class Flagged(nn.Module):
+    """Asks a buffer for its truth, as code that is set up by its first call does."""
+
+    def __init__(self, asks):
+        super().__init__()
+        self.f, self.asks = nn.Linear(8, 8), asks
+        self.register_buffer("ready", torch.tensor(True))
+
+    def forward(self, x):
+        return x + self.f(x) if self.asks(self.ready) else x - self.f(x)
+
+
+ASKS = {
+    "truth": lambda b: True if b else False,
+    "not": lambda b: not (not b),
+    "bool": bool,
+    "text": lambda b: "True" in f"{b}",
+    "any": lambda b: b.any(),
+}
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+@pytest.mark.parametrize("asks", ASKS.values(), ids=ASKS)
+def test_buffers_are_asked_for_their_truth(asks, scope):
+    model, x = Flagged(asks), torch.randn(2, 8)
+    hc = hct.convert(model, (x,), scope=scope)
+    assert len(hc.hc_report.converted) == 1
+    torch.testing.assert_close(hc(x), model(x))
+    if asks is not ASKS["text"]:  # what a text says of a tensor is not asked again
+        hc.ready.fill_(False)  # which the copy shares
+        assert not model.ready
+        torch.testing.assert_close(hc(x), model(x))
+
+
+class Numbers(nn.Module):
+    def __init__(self, scale):
+        super().__init__()
+        self.f, self.scale = nn.Linear(8, 8), scale
+
+    def forward(self, x):
+        return x + self.f(x) * self.scale(x)
+
+
+SCALES = {
+    "float64": lambda x: np.float64(0.5),
+    "float32": lambda x: np.float32(3),
+    "root": lambda x: 1 / np.sqrt(8),
+    "root of a size": lambda x: np.sqrt(x.shape[-1]),
+    "product of a shape": lambda x: float(np.prod(x.shape)),
+    "entry of an array": lambda x: np.linspace(0.1, 0.9, 3)[1],
+}
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+@pytest.mark.parametrize("scale", SCALES.values(), ids=SCALES)
+def test_numbers_of_numpy(scale, scope):
+    model = Numbers(scale)
+    hc = hct.convert(model, (torch.randn(2, 8),), scope=scope)
+    for size in (2, 5):
+        x = torch.randn(size, 8)
+        torch.testing.assert_close(hc(x), model(x))
+
+
+class GivenBack(nn.Module):
+    """Hands a value to one reader as it is and to another through what does nothing to it, as LoRA's layers do."""
+
+    def __init__(self, through):
+        super().__init__()
+        self.a, self.b, self.through = nn.Linear(8, 8), nn.Linear(8, 8), through
+
+    def forward(self, x):
+        return self.b(x) + self.a(self.through(x))
+
+
+class AroundGivenBack(nn.Module):
+    def __init__(self, through):
+        super().__init__()
+        self.q = GivenBack(through)
+
+    def forward(self, x):
+        return x + self.q(x)
+
+
+THROUGH = {
+    "to": lambda x: x.to(torch.float32),
+    "contiguous": lambda x: x.contiguous(),
+    "type_as": lambda x: x.type_as(torch.zeros(1)),
+    "dropout": lambda x: torch.nn.functional.dropout(x, 0.5, training=False),
+    "as_tensor": torch.as_tensor,
+    "view": lambda x: x.view(x.shape),
+}
+
+
+@pytest.mark.parametrize("through", THROUGH.values(), ids=THROUGH)
+def test_what_gives_back_its_operand_is_that_operand(through):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*[AroundGivenBack(through) for _ in range(3)]), torch.randn(2, 8)
+    graph, blocks = (hct.convert(model, (x,), scope=scope) for scope in ("graph", "blocks"))
+    assert [r.name for r in blocks.hc_report.converted] == [r.name for r in graph.hc_report.converted]
+    assert len({r.trunk for r in blocks.hc_report.converted}) == 1 and len(blocks.hc_report.converted) == 3
+    moved(graph, 0.1)
+    blocks.load_state_dict(graph.state_dict())
+    torch.testing.assert_close(graph(x), blocks(x))

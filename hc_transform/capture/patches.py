@@ -65,12 +65,12 @@ class _RecordCalls(TorchFunctionMode):
         """Record a call on parameters and buffers that code came by otherwise than by their names, as parameters()."""
         if name in AS_THEY_ARE or name == "__get__" and name_of(func) not in ABOUT_VALUES:
             return func(*args, **kwargs)
+        args, kwargs = pytree.tree_map(self.tracer.own_tensor, (args, kwargs))
+        if name.startswith("__") and name != "__get__":  # some look at the tensor itself
+            return getattr(ValueProxy, name)(*args, **kwargs)
         with self:
-            args, kwargs = pytree.tree_map(self.tracer.own_tensor, (args, kwargs))
             if name == "__get__":
                 return getattr(args[0], name_of(func))
-            if name.startswith("__"):
-                return getattr(ValueProxy, name)(*args, **kwargs)
             return self.__torch_function__(func, (), args, kwargs)
 
 

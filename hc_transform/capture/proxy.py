@@ -274,6 +274,15 @@ class ValueProxy(fx.Proxy):
     def __float__(self) -> float:
         return self._exactly(float)
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        import numpy  # which asks for it
+
+        if isinstance(self.hc_value, (bool, int, float)):
+            return numpy.asarray(self._exactly(type(self.hc_value)), *args, **kwargs)
+        if isinstance(self.hc_value, (tuple, list)):
+            return numpy.asarray([numpy.asarray(entry) for entry in self], *args, **kwargs)
+        raise TypeError(f"numpy takes the values of {self.node.name}, which a graph does not hold")
+
     def __hash__(self) -> int:
         if isinstance(self.hc_value, (bool, int, float, str, torch.dtype, torch.device)):
             return self._exactly(hash)

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from ..graphs import meta
 from ..graphs.aliases import layout_of, memory_of, written_through
+from ..graphs.dialects import name_of
 from ..graphs.operations import Kind, set_item
 from ..graphs.passes import logged_pass
 from ..graphs.row_sums import unflatten_row_sums
@@ -335,6 +336,9 @@ class _Recorder(TorchFunctionMode):
             known = self.node_of.get(id(value))
             if known is not None and node.op == "call_function" and node.target is getattr:
                 return
+            if known is not None and self._is_given_back(node, value):  # x.to(x.dtype) is x, for all who use either
+                self.graph.erase_node(node)
+                return
             self._stands_for(node, value)
             return
         meta.TYPE.set(node, type(value))
@@ -352,6 +356,12 @@ class _Recorder(TorchFunctionMode):
                 item = self.graph.call_function(access, (node, key))
                 self._locate(item)
                 self._results(item, entry)
+
+    def _is_given_back(self, node: fx.Node, value: torch.Tensor) -> bool:
+        """Whether an operation returned one of its operands, and did nothing to it."""
+        if node.users or value.is_inference() or version_of(value) != self.versions[id(value)]:
+            return False
+        return self.node_of[id(value)] in node.all_input_nodes and not name_of(node).endswith("_")
 
     def finish(self, output: Any) -> fx.GraphModule:
         self.graph.output(tuple(self._node_of(t) for t in tensors_of(output)))

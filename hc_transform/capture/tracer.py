@@ -392,6 +392,8 @@ class ValueTracer(fx.Tracer):
         if isinstance(a, dict) and type(a) is not dict:
             items = [(key, self.create_arg(value)) for key, value in a.items()]
             return self.create_node("call_function", type(a), (items,), {})
+        if type(a).__module__ == "numpy" and isinstance(getattr(a, "shape", None), tuple) and a.shape == ():
+            a = a.item()  # a number, whose name in code would be of numpy
         if isinstance(a, fx.node.base_types) and not isinstance(a, torch.Tensor):
             return a
         try:
