@@ -44,8 +44,10 @@ from .connections.sinkhorn import SinkhornError, sinkhorn, sinkhorn_error
 from .connections.trunk_ends import LearnedReadout, StreamEmbedding
 from .convert import convert, plan
 from .errors import (
+    CheckpointError,
     DecisionChanged,
     HCTransformError,
+    NotConverted,
     NotEquivalent,
     NothingToConvert,
     PatternError,
@@ -68,12 +70,14 @@ from .running.regional import compile_regions
 from .streams.carried import carry
 from .streams.mixing import Coefficients, FractionCoefficients, expand, read, readout, write
 from .streams.trunk_value import TrunkValue
+from .training.parameters import connection_parameters, freeze_base, parameter_groups
 from .verification import verify
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CONNECTIONS",
+    "CheckpointError",
     "Coefficients",
     "Connection",
     "ConstrainedConnection",
@@ -90,6 +94,7 @@ __all__ = [
     "LearnedReadout",
     "MHCConnection",
     "MHCLiteConnection",
+    "NotConverted",
     "NotEquivalent",
     "NothingToConvert",
     "Options",
@@ -114,12 +119,15 @@ __all__ = [
     "block_graphs",
     "carry",
     "compile_regions",
+    "connection_parameters",
     "convert",
     "expand",
     "find_residuals",
+    "freeze_base",
     "get_expand_reduce_stream_functions",
     "get_init_and_expand_reduce_stream_functions",
     "make_plan",
+    "parameter_groups",
     "plan",
     "read",
     "readout",

@@ -15,7 +15,7 @@ ROOT = Path(hc_transform.__file__).parent
 WINGS = [
     *("errors", "threads", "streams", "connections", "options", "models", "graphs", "capture", "residuals"),
     *("rewriting", "running", "verification", "request", "refusals", "convert_graph", "convert_blocks", "exported"),
-    *("convert", "layer", "measuring", "__init__", "__main__"),
+    *("convert", "layer", "training", "measuring", "__init__", "__main__"),
 ]
 
 
