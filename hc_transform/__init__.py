@@ -28,6 +28,7 @@ Where to add what:
 
 from __future__ import annotations
 
+from .config import config_of
 from .connections import (
     CONNECTIONS,
     Connection,
@@ -70,10 +71,11 @@ from .running.regional import compile_regions
 from .streams.carried import carry
 from .streams.mixing import Coefficients, FractionCoefficients, expand, read, readout, write
 from .streams.trunk_value import TrunkValue
+from .training.hugging_face import from_pretrained
 from .training.parameters import connection_parameters, freeze_base, parameter_groups
+from .training.saving import convert_like, load, save
 from .verification import verify
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "CONNECTIONS",
@@ -119,19 +121,24 @@ __all__ = [
     "block_graphs",
     "carry",
     "compile_regions",
+    "config_of",
     "connection_parameters",
     "convert",
+    "convert_like",
     "expand",
     "find_residuals",
     "freeze_base",
+    "from_pretrained",
     "get_expand_reduce_stream_functions",
     "get_init_and_expand_reduce_stream_functions",
+    "load",
     "make_plan",
     "parameter_groups",
     "plan",
     "read",
     "readout",
     "rewrite",
+    "save",
     "sinkhorn",
     "sinkhorn_error",
     "verify",

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from torch import nn
 
+from ..connections.frozen import is_frozen, warn_of_frozen
 from ..connections.starts import Resettable
 from ..errors import NotConverted
 from ..running.graph_model import HyperConnectedModule
 
-log = logging.getLogger("hc_transform")
-
 Model = TypeVar("Model", bound=nn.Module)
-
-FROZEN = (
-    "all connections of {name} are frozen, so that every residual stays what it was and conversion has no effect: have "
-    'PEFT train them with modules_to_save=["hyper_connections"], or set requires_grad_() on them '
-    "(hct.connection_parameters(model))"
-)
 
 
 def connection_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -114,7 +105,8 @@ def parameter_groups(
         if value is not None and value < 0:
             raise ValueError(f"{name} is at least 0, got {value!r}")
     connections = connection_parameters(model)
-    warn_if_frozen(model)
+    if is_frozen(model):
+        warn_of_frozen(type(model).__name__)
     projections = {
         id(parameter)
         for module in _added(model)
@@ -162,11 +154,3 @@ def no_weight_decay(model: nn.Module) -> set[str]:
         if callable(method):
             kept.update(".".join(filter(None, (path, name))) for name in method())
     return kept
-
-
-def warn_if_frozen(model: nn.Module) -> None:
-    """Warn if parameters of ``model`` are trained, but none of its connections'."""
-    own = {id(parameter) for module in _added(model) for parameter in module.parameters()}
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    if own and trained and not own & trained:
-        warnings.warn(FROZEN.format(name=type(model).__name__), UserWarning, stacklevel=3)
