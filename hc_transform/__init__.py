@@ -73,6 +73,7 @@ from .streams.mixing import Coefficients, FractionCoefficients, expand, read, re
 from .streams.trunk_value import TrunkValue
 from .training.hugging_face import from_pretrained
 from .training.parameters import connection_parameters, freeze_base, parameter_groups
+from .training.plain import Difference, plain
 from .training.saving import convert_like, load, save
 from .verification import verify
 from .version import __version__ as __version__
@@ -84,6 +85,7 @@ __all__ = [
     "Connection",
     "ConstrainedConnection",
     "DecisionChanged",
+    "Difference",
     "DynamicConnection",
     "Findings",
     "FracConnection",
@@ -134,6 +136,7 @@ __all__ = [
     "load",
     "make_plan",
     "parameter_groups",
+    "plain",
     "plan",
     "read",
     "readout",

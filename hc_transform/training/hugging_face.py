@@ -12,7 +12,7 @@ from torch import Tensor
 from ..config import HF_KEY
 from ..errors import CheckpointError
 from ..residuals.keys import CONNECTIONS_NAME
-from .saving import CONFIG_FILE, Folder, convert_like, load
+from .saving import CONFIG_FILE, Folder, convert_like, load, with_adapter
 
 ADAPTER = "adapter_config.json"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -28,8 +28,8 @@ def from_pretrained(
 ) -> Any:
     """Return the converted Hugging Face model that its ``save_pretrained`` wrote.
 
-    ``config.json`` says under "hc_transform" how it was converted. A folder that :func:`hc_transform.save` made of a
-    PEFT model gives its base, converted, with the adapter.
+    ``config.json`` says under "hc_transform" how it was converted. The folder of a PEFT adapter gives its base,
+    converted, with the adapter: one that :func:`hc_transform.save` made, or whose base was saved converted.
 
     Args:
         auto_class: a class of transformers with ``from_pretrained``, the one whose model was converted.
@@ -72,6 +72,8 @@ def _adapted(
 ) -> Any:
     adapter = json.loads((folder / ADAPTER).read_text())
     base = adapter.get("base_model_name_or_path")
+    if base and _is_converted(base):
+        return with_adapter(from_pretrained(auto_class, base, args, kwargs, choices, **settings), folder)
     if not (folder / CONFIG_FILE).exists():
         raise CheckpointError(
             f"{folder} is an adapter without {CONFIG_FILE}: if its base is a converted model, save it with "
@@ -80,6 +82,13 @@ def _adapted(
     if not base:
         raise CheckpointError(f"{folder}/{ADAPTER} does not name its base model: use hct.load(base_model, folder)")
     return load(lambda: auto_class.from_pretrained(base, **settings), folder, args, kwargs, **choices)
+
+
+def _is_converted(base: str) -> bool:
+    """Whether the model that an adapter names as its base was saved by a converted one."""
+    from transformers import PreTrainedConfig
+
+    return HF_KEY in PreTrainedConfig.get_config_dict(base)[0]
 
 
 def _without_connections(auto_class: Any, folder: Folder, settings: Mapping[str, Any]) -> Any:

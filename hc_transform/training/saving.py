@@ -89,7 +89,7 @@ def load(
     made = original if isinstance(original, nn.Module) else original()
     converted = convert_like(made, config, args, kwargs, **choices)
     if config.get("weights") == "adapter":
-        return _with_adapter(converted, folder)
+        return with_adapter(converted, folder)
     state = _read_weights(folder / config["weights"])
     state.update({name: state[kept] for name, kept in config["tied"].items()})
     own = converted.state_dict()
@@ -98,7 +98,8 @@ def load(
         first = min(others)
         warnings.warn(
             f"{len(others)} tensors of {folder} are cast to the model's dtype, among them {first}: "
-            f"{_kind(state[first])} there, {_kind(own[first])} here. Make the original in the dtype that was saved to load it to the bit.",
+            f"{_kind(state[first])} there, {_kind(own[first])} here. Make the original in the dtype that was saved to "
+            "load it to the bit.",
             UserWarning,
             stacklevel=2,
         )
@@ -157,7 +158,8 @@ def _other_residuals(name: str, expected: Sequence[Any], found: Sequence[Any]) -
     )
 
 
-def _with_adapter(converted: nn.Module, folder: Path) -> Any:
+def with_adapter(converted: nn.Module, folder: Path) -> Any:
+    """Return a converted model with the adapter of PEFT that is in ``folder``."""
     from peft import PeftModel
 
     return PeftModel.from_pretrained(converted, str(folder))
