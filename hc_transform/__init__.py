@@ -71,6 +71,8 @@ from .running.regional import compile_regions
 from .streams.carried import carry
 from .streams.mixing import Coefficients, FractionCoefficients, expand, read, readout, write
 from .streams.trunk_value import TrunkValue
+from .training.diagnose import diagnose
+from .training.diagnosis import Diagnosis, SiteDiagnosis, TrunkDiagnosis
 from .training.hugging_face import from_pretrained
 from .training.parameters import connection_parameters, freeze_base, parameter_groups
 from .training.plain import Difference, plain
@@ -85,6 +87,7 @@ __all__ = [
     "Connection",
     "ConstrainedConnection",
     "DecisionChanged",
+    "Diagnosis",
     "Difference",
     "DynamicConnection",
     "Findings",
@@ -111,12 +114,14 @@ __all__ = [
     "Residual",
     "Shortcut",
     "SinkhornError",
+    "SiteDiagnosis",
     "Skipped",
     "StaticConnection",
     "StreamEmbed",
     "StreamEmbedding",
     "TraceError",
     "Trunk",
+    "TrunkDiagnosis",
     "TrunkValue",
     "UnknownDialect",
     "UnsupportedModel",
@@ -127,6 +132,7 @@ __all__ = [
     "connection_parameters",
     "convert",
     "convert_like",
+    "diagnose",
     "expand",
     "find_residuals",
     "freeze_base",
