@@ -14,8 +14,8 @@ The way of the data, from :func:`convert` (convert.py) on::
 
 Below these are streams/ (arithmetic of streams, TrunkValue between blocks), connections/ (Connection: how the
 coefficients are made), models/ (copies, state, comparison) and graphs/ (facts about nodes). Beside them are layer/
-(hyper-connections by hand) and measuring/ (times, kernels, bytes). Each wing imports from those named before it in
-tests/test_architecture.py alone.
+(hyper-connections by hand), training/ (groups for optimisers, saving, the way back, diagnostics) and measuring/ (times,
+kernels, bytes). Each wing imports from those named before it in tests/test_architecture.py alone.
 
 Where to add what:
 
