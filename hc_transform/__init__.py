@@ -71,6 +71,7 @@ from .running.regional import compile_regions
 from .streams.carried import carry
 from .streams.mixing import Coefficients, FractionCoefficients, expand, read, readout, write
 from .streams.trunk_value import TrunkValue
+from .training.callbacks import lightning_callback, trainer_callback
 from .training.diagnose import diagnose
 from .training.diagnosis import Diagnosis, SiteDiagnosis, TrunkDiagnosis
 from .training.hugging_face import from_pretrained
@@ -139,6 +140,7 @@ __all__ = [
     "from_pretrained",
     "get_expand_reduce_stream_functions",
     "get_init_and_expand_reduce_stream_functions",
+    "lightning_callback",
     "load",
     "make_plan",
     "parameter_groups",
@@ -150,6 +152,7 @@ __all__ = [
     "save",
     "sinkhorn",
     "sinkhorn_error",
+    "trainer_callback",
     "verify",
     "write",
 ]

@@ -32,8 +32,8 @@ def note_config(model: nn.Module, request: Request, example: Example | None) -> 
     """Let a converted model know what it was converted with; a Hugging Face model also in its ``config``."""
     config = described(model, request, example)
     model.__dict__[CONFIG] = config
-    own = getattr(model, "config", None)
-    if hasattr(model, "save_pretrained") and hasattr(own, "to_dict"):
+    own = getattr(model, "config", None) if hasattr(model, "save_pretrained") else None
+    if hasattr(own, "to_dict"):
         setattr(own, HF_KEY, copy.deepcopy(config))
 
 

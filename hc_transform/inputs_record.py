@@ -40,12 +40,15 @@ def made_inputs(recorded: Mapping[str, Any], model: nn.Module) -> Example:
 
 def _described(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
+        if type(value) not in (torch.Tensor, nn.Parameter) or value.layout is not torch.strided or value.is_nested:
+            return {"other": f"{type(value).__name__} ({value.layout})"}
         found: dict[str, Any] = {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
         if not (value.is_floating_point() or value.is_complex() or value.is_meta) and value.numel():
             if value.numel() <= FEW:
                 found["values"] = value.tolist()
             else:
-                found["range"] = [int(value.min()), int(value.max())]
+                whole = value.to(torch.int64)  # of which every device knows the range
+                found["range"] = [int(whole.min()), int(whole.max())]
         return {"tensor": found}
     if isinstance(value, PLAIN):
         return {"value": value}

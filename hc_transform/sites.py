@@ -92,7 +92,7 @@ def _paths(model: nn.Module) -> Iterator[tuple[str, str]]:
         plan = runner.plan
         for call in plan.calls:
             own = plan.calls[0] if plan.shared else call
-            for name, keyed in zip(call.residuals, own.residuals, strict=True):
+            for name, keyed in zip(call.residuals, own.residuals, strict=False):
                 yield name, _joined(path, plan.keys[relative(keyed, plan.path)])
 
 

@@ -166,6 +166,12 @@ def test_merged_adapters_are_a_converted_model(tmp_path):
     assert torch.equal(logits(hct.from_pretrained(transformers.AutoModelForCausalLM, tmp_path)), logits(merged))
 
 
+def test_a_frozen_base_leaves_the_adapters_connections():
+    hc = peft.get_peft_model(converted(), lora(modules_to_save=HC))
+    trained = {n for n, p in hct.freeze_base(hc).named_parameters() if p.requires_grad}
+    assert len(trained) == 36 and all("hyper_connections.modules_to_save.default" in n for n in trained)
+
+
 def test_disabled_adapters_give_the_start():
     hc = train(peft.get_peft_model(converted(), lora(modules_to_save=HC)), steps=3)
     with hc.disable_adapter():

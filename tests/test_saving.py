@@ -16,6 +16,7 @@ from models import GPT, PostNormBlock, ViT
 from torch import nn
 
 import hc_transform as hct
+from hc_transform.inputs_record import described_inputs, made_inputs
 
 SCOPES = ["graph", "blocks"]
 IDS = torch.randint(0, 65, (2, 8), generator=torch.Generator().manual_seed(0))
@@ -146,6 +147,29 @@ def test_inputs_are_made_again_by_name_and_kind():
     inputs = hct.config_of(hc)["inputs"]
     assert inputs["kwargs"]["mask"] == {"tensor": {"shape": [2, 40], "dtype": "bool", "range": [0, 1]}}
     assert hct.config_of(again)["inputs"]["kwargs"]["scale"] == {"value": 0.5}
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.uint16, torch.uint8, torch.bool, torch.float8_e4m3fn, torch.complex64], ids=str
+)
+def test_inputs_of_rare_dtypes(dtype):
+    value = (torch.arange(100) % 2).to(dtype)
+    recorded = json.loads(json.dumps(described_inputs(((value, value[:5], torch.float16, {"a": [None]}), {}))))
+    made, few, kind, nested = made_inputs(recorded, nn.Linear(1, 1))[0]
+    assert made.dtype == few.dtype == dtype and made.shape == value.shape and few.shape == (5,)
+    assert kind is torch.float16 and nested == {"a": [None]}
+    if not (dtype.is_floating_point or dtype.is_complex):
+        assert few.tolist() == value[:5].tolist() and 0 <= int(made.int().min()) <= int(made.int().max()) <= 1
+
+
+@pytest.mark.parametrize("kind", ["sparse", "nested"])
+def test_tensors_of_other_layouts_are_not_kept(kind):
+    x = (
+        torch.eye(3).to_sparse()
+        if kind == "sparse"
+        else torch.nested.nested_tensor([torch.ones(1)], layout=torch.jagged)
+    )
+    assert set(described_inputs(((x,), {}))["args"][0]) == {"other"}
 
 
 def test_an_input_that_is_not_kept_is_asked_for():

@@ -10,6 +10,7 @@ from torch import nn
 from ..connections.frozen import is_frozen, warn_of_frozen
 from ..connections.starts import Resettable
 from ..errors import NotConverted
+from ..residuals.keys import CONNECTIONS_NAME
 from ..running.graph_model import HyperConnectedModule
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -19,7 +20,7 @@ def connection_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that hyper-connections add, by their names in ``model``.
 
     Those of connections, learnt readouts and stream embeddings, in either scope and under any wrapper (DDP, FSDP2,
-    ``torch.compile``, PEFT), each once.
+    ``torch.compile``, PEFT), each once; where PEFT trains copies of connections, those.
 
     Args:
         model: a converted model, or one with :class:`HyperConnections` in it.
@@ -34,7 +35,11 @@ def connection_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     ['hyper_connections.self_attn.h_pre', 'hyper_connections.self_attn.h_post', 'hyper_connections.self_attn.h_res']
     """
     own = {id(parameter) for module in _added(model) for parameter in module.parameters()}
-    found = {name: parameter for name, parameter in model.named_parameters() if id(parameter) in own}
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) in own and f"{CONNECTIONS_NAME}.original_module." not in name
+    }
     if not found:
         raise NotConverted(
             f"{type(model).__name__} has no hyper-connections: convert it first, hct.convert(model, args=(x,)), and go "
