@@ -64,7 +64,7 @@ def sharded(hc, **settings):
     from torch.distributed.fsdp import fully_shard
 
     for block in hc.transformer.h:
-        for connection in block.hyper_connections.children():
+        for connection in block.hyper_connections.values():
             fully_shard(connection)
         fully_shard(block, **settings)
     return fully_shard(hc, **settings)

@@ -26,7 +26,7 @@ def llama(seed=0):
     from test_hugging_face import llama as make
 
     torch.manual_seed(seed)
-    return make(attention_dropout=0.0)
+    return make(num_hidden_layers=2)
 
 
 def lora(names=("q_proj", "v_proj"), seed=1, **settings):
@@ -38,7 +38,7 @@ def converted(model=None, **options):
     return hct.convert(model or llama(), kwargs={"input_ids": IDS}, **{"verify": False, "num_streams": 2, **options})
 
 
-def train(model, steps=20, **settings):
+def train(model, steps=10, **settings):
     optimizer = torch.optim.AdamW(settings.get("groups") or [p for p in model.parameters() if p.requires_grad], lr=1e-2)
     model.train()
     for _ in range(steps):
@@ -56,7 +56,7 @@ def logits(model):
 def test_one_name_trains_all_connections_and_changes_what_is_learnt():
     hc = peft.get_peft_model(converted(), lora(modules_to_save=HC))
     trained = {n for n, p in hc.named_parameters() if p.requires_grad and "hyper_connections" in n}
-    assert len(trained) == 6 * 6 and error(logits(hc), logits(llama())) <= 1e-5
+    assert len(trained) == 4 * 6 and error(logits(hc), logits(llama())) <= 1e-5
     before = {n: p.detach().clone() for n, p in hc.named_parameters() if n in trained}
     train(hc, groups=hct.parameter_groups(hc, lr=1e-2, weight_decay=0.1))
     after = dict(hc.named_parameters())
@@ -169,7 +169,7 @@ def test_merged_adapters_are_a_converted_model(tmp_path):
 def test_a_frozen_base_leaves_the_adapters_connections():
     hc = peft.get_peft_model(converted(), lora(modules_to_save=HC))
     trained = {n for n, p in hct.freeze_base(hc).named_parameters() if p.requires_grad}
-    assert len(trained) == 36 and all("hyper_connections.modules_to_save.default" in n for n in trained)
+    assert len(trained) == 24 and all("hyper_connections.modules_to_save.default" in n for n in trained)
 
 
 def test_disabled_adapters_give_the_start():
@@ -183,7 +183,7 @@ def test_disabled_adapters_give_the_start():
 def test_conversion_after_wrapping(inplace):
     wrapped = peft.get_peft_model(llama(), lora())
     hc = converted(wrapped, inplace=inplace)
-    assert type(hc) is type(wrapped) and len(hc.hc_report.converted) == 6
+    assert type(hc) is type(wrapped) and len(hc.hc_report.converted) == 4
     trained = {n for n, p in hc.named_parameters() if p.requires_grad}
     assert all(n in trained for n in hct.connection_parameters(hc)) and any("lora_A" in n for n in trained)
     assert error(logits(hc), logits(llama())) <= 1e-5
