@@ -285,6 +285,20 @@ class TestHuggingFace:
         with torch.no_grad():
             assert torch.equal(hct.from_pretrained(auto, tmp_path / "once_more")(IDS).logits, hc(IDS).logits)
 
+    def test_layers_that_have_other_names_in_files(self, tmp_path):
+        """transformers 5 calls ``vit.encoder.layer.0`` of a file ``vit.layers.0``."""
+        transformers = pytest.importorskip("transformers")
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        config = transformers.ViTConfig(**sizes, image_size=16, patch_size=8)
+        model, image = transformers.ViTForImageClassification(config).eval(), torch.randn(2, 3, 16, 16)
+        hc = moved(hct.convert(model, kwargs={"pixel_values": image}, verify=False))
+        for i in range(2):
+            hc.save_pretrained(tmp_path / str(i))
+            again = hct.from_pretrained(transformers.AutoModelForImageClassification, tmp_path / str(i))
+            with torch.no_grad():
+                assert torch.equal(again(image).logits, hc(image).logits)
+            hc = again
+
     def test_the_original_keeps_its_config(self):
         model = self.llama()
         hct.convert(model, kwargs={"input_ids": IDS})

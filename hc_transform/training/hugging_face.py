@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..config import HF_KEY
@@ -15,6 +16,7 @@ from ..residuals.keys import CONNECTIONS_NAME
 from .saving import CONFIG_FILE, Folder, convert_like, load, with_adapter
 
 ADAPTER = "adapter_config.json"
+CONVERSIONS = "_weight_conversions"  # attribute of a model of transformers: how names in its files differ
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -51,7 +53,7 @@ def from_pretrained(
             f"{auto_class.__name__}.from_pretrained, and convert it with hct.convert"
         )
     converted = convert_like(model, config, args, kwargs, **{"inplace": True, **(choices or {})})
-    state = _connections_in(folder, settings)
+    state = _as_named_in(converted, _connections_in(folder, settings))
     result = converted.load_state_dict(state, strict=False)
     lost = [name for name in result.missing_keys if f"{CONNECTIONS_NAME}." in name]
     if lost or result.unexpected_keys:
@@ -118,6 +120,34 @@ def _connections_in(folder: Folder, settings: Mapping[str, Any]) -> dict[str, Te
         with safe_open(path, framework="pt") as file:
             tensors.update({n: file.get_tensor(n) for n in file.keys() if f"{CONNECTIONS_NAME}." in n})  # noqa: SIM118
     return tensors
+
+
+def _as_named_in(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a file under the names that they have in ``model``; transformers renames some layers."""
+    own = [name for name in model.state_dict() if f"{CONNECTIONS_NAME}." in name]
+    if state.keys() == {*own}:
+        return state
+    for names in _names_in_files(model, own):
+        if state.keys() == {*names.values()}:
+            return {name: state[names[name]] for name in own}
+    return state
+
+
+def _names_in_files(model: Any, own: Sequence[str]) -> Iterator[dict[str, str]]:
+    """Yield by which names ``save_pretrained`` writes tensors: as the model was loaded, and as one made anew."""
+    try:
+        from transformers.core_model_loading import revert_weight_conversion
+    except ImportError:  # before 5, which renames nothing
+        return
+    held = model.__dict__.get(CONVERSIONS)
+    try:
+        for conversions in (held, None):
+            model.__dict__[CONVERSIONS] = conversions
+            marks = {name: torch.tensor(number) for number, name in enumerate(own)}
+            written = revert_weight_conversion(model, marks)
+            yield {own[int(mark)]: name for name, mark in written.items()}
+    finally:
+        model.__dict__[CONVERSIONS] = held
 
 
 def _files(folder: str, settings: Mapping[str, Any]) -> list[str]:
