@@ -15,6 +15,8 @@ from ..running.graph_model import HyperConnectedModule
 
 Model = TypeVar("Model", bound=nn.Module)
 
+GROUPS = ("decay", "no_decay", "connection_projections", "connections")
+
 
 def connection_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that hyper-connections add, by their names in ``model``.
@@ -109,29 +111,9 @@ def parameter_groups(
     for name, value in {**given, "connection_weight_decay": connection_weight_decay}.items():
         if value is not None and value < 0:
             raise ValueError(f"{name} is at least 0, got {value!r}")
-    connections = connection_parameters(model)
+    sorted_out = _sorted_out(model)
     if is_frozen(model):
         warn_of_frozen(type(model).__name__)
-    projections = {
-        id(parameter)
-        for module in _added(model)
-        for name, parameter in module.named_parameters(recurse=False)
-        if name in module.projections
-    }
-    kept = no_weight_decay(model)
-    sorted_out: dict[str, list[nn.Parameter]] = {
-        "decay": [],
-        "no_decay": [],
-        "connection_projections": [],
-        "connections": [],
-    }
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if name in connections:
-            sorted_out["connection_projections" if id(parameter) in projections else "connections"].append(parameter)
-        else:
-            sorted_out["no_decay" if parameter.ndim < 2 or name in kept else "decay"].append(parameter)
     rate = lr if connection_lr is None else connection_lr
     settings = {
         "decay": (lr, weight_decay),
@@ -140,6 +122,27 @@ def parameter_groups(
         "connections": (rate, 0.0),
     }
     return [_group(name, parameters, *settings[name]) for name, parameters in sorted_out.items() if parameters]
+
+
+def _sorted_out(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the trainable parameters by the names of their groups."""
+    connections = connection_parameters(model)
+    projections = {
+        id(parameter)
+        for module in _added(model)
+        for name, parameter in module.named_parameters(recurse=False)
+        if name in module.projections
+    }
+    kept = no_weight_decay(model)
+    found: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if name in connections:
+            found["connection_projections" if id(parameter) in projections else "connections"].append(parameter)
+        else:
+            found["no_decay" if parameter.ndim < 2 or name in kept else "decay"].append(parameter)
+    return found
 
 
 def _group(name: str, parameters: list[nn.Parameter], lr: float | None, decay: float | None) -> dict[str, Any]:
