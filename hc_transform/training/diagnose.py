@@ -40,7 +40,7 @@ def diagnose(model: nn.Module, *batch: Any, loss: Loss | None = None, ablate: bo
     >>> block = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     >>> x = torch.randn(2, 5, 8)
     >>> found = hct.diagnose(hct.convert(block, args=(x,)), x)
-    >>> [(site.name, site.mixing_share, site.cosine) for site in found.sites]
+    >>> [(site.name, site.mixing_share, round(site.cosine, 5)) for site in found.sites]
     [('self_attn', 0.0, 1.0), ('linear1', 0.0, 1.0)]
     >>> found.trunks[0].gain_forward
     1.0
