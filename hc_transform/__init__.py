@@ -14,8 +14,8 @@ The way of the data, from :func:`convert` (convert.py) on::
 
 Below these are streams/ (arithmetic of streams, TrunkValue between blocks), connections/ (Connection: how the
 coefficients are made), models/ (copies, state, comparison) and graphs/ (facts about nodes). Beside them are layer/
-(hyper-connections by hand) and measuring/ (times, kernels, bytes). Each wing imports from those named before it in
-tests/test_architecture.py alone.
+(hyper-connections by hand), training/ (groups for optimisers, saving, the way back, diagnostics) and measuring/ (times,
+kernels, bytes). Each wing imports from those named before it in tests/test_architecture.py alone.
 
 Where to add what:
 
@@ -28,6 +28,7 @@ Where to add what:
 
 from __future__ import annotations
 
+from .config import config_of
 from .connections import (
     CONNECTIONS,
     Connection,
@@ -44,8 +45,10 @@ from .connections.sinkhorn import SinkhornError, sinkhorn, sinkhorn_error
 from .connections.trunk_ends import LearnedReadout, StreamEmbedding
 from .convert import convert, plan
 from .errors import (
+    CheckpointError,
     DecisionChanged,
     HCTransformError,
+    NotConverted,
     NotEquivalent,
     NothingToConvert,
     PatternError,
@@ -68,16 +71,25 @@ from .running.regional import compile_regions
 from .streams.carried import carry
 from .streams.mixing import Coefficients, FractionCoefficients, expand, read, readout, write
 from .streams.trunk_value import TrunkValue
+from .training.callbacks import lightning_callback, trainer_callback
+from .training.diagnose import diagnose
+from .training.diagnosis import Diagnosis, SiteDiagnosis, TrunkDiagnosis
+from .training.hugging_face import from_pretrained
+from .training.parameters import connection_parameters, freeze_base, parameter_groups
+from .training.plain import Difference, plain
+from .training.saving import convert_like, load, save
 from .verification import verify
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 __all__ = [
     "CONNECTIONS",
+    "CheckpointError",
     "Coefficients",
     "Connection",
     "ConstrainedConnection",
     "DecisionChanged",
+    "Diagnosis",
+    "Difference",
     "DynamicConnection",
     "Findings",
     "FracConnection",
@@ -90,6 +102,7 @@ __all__ = [
     "LearnedReadout",
     "MHCConnection",
     "MHCLiteConnection",
+    "NotConverted",
     "NotEquivalent",
     "NothingToConvert",
     "Options",
@@ -102,30 +115,44 @@ __all__ = [
     "Residual",
     "Shortcut",
     "SinkhornError",
+    "SiteDiagnosis",
     "Skipped",
     "StaticConnection",
     "StreamEmbed",
     "StreamEmbedding",
     "TraceError",
     "Trunk",
+    "TrunkDiagnosis",
     "TrunkValue",
     "UnknownDialect",
     "UnsupportedModel",
     "block_graphs",
     "carry",
     "compile_regions",
+    "config_of",
+    "connection_parameters",
     "convert",
+    "convert_like",
+    "diagnose",
     "expand",
     "find_residuals",
+    "freeze_base",
+    "from_pretrained",
     "get_expand_reduce_stream_functions",
     "get_init_and_expand_reduce_stream_functions",
+    "lightning_callback",
+    "load",
     "make_plan",
+    "parameter_groups",
+    "plain",
     "plan",
     "read",
     "readout",
     "rewrite",
+    "save",
     "sinkhorn",
     "sinkhorn_error",
+    "trainer_callback",
     "verify",
     "write",
 ]

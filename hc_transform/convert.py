@@ -16,11 +16,12 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from .capture.trace import bind_inputs, describe
+from .config import note_config
 from .connections import ConnectionLike
 from .convert_blocks import convert_blocks, move_into
 from .convert_graph import convert_graph, trace_mode
 from .errors import NEVER_HIDDEN, HCTransformError, NothingToConvert, PatternError, TraceError, UnsupportedModel
-from .exported import convert_exported, is_exported, refuse_choices
+from .exported import carried_example, convert_exported, is_exported, refuse_choices
 from .graphs.dialects import name_of
 from .models.compare import compare
 from .models.copies import clone_structure
@@ -210,7 +211,9 @@ def _converted(model: Any, args: Any, kwargs: Any, request: Request) -> tuple[nn
             refuse_unsupported(model)
         _refuse_choices_of_python(request)
         with no_inference_mode():
-            return convert_exported(model, example, request)
+            exported = convert_exported(model, example, request)
+        note_config(exported[0], request, example or carried_example(model))
+        return exported
     refuse_unsupported(model)
     refuse_meta_device(model)
     if request.inplace:
@@ -224,7 +227,9 @@ def _converted(model: Any, args: Any, kwargs: Any, request: Request) -> tuple[nn
                     f"scope='blocks' runs {type(model).__name__} once to find its residuals: give example inputs with "
                     "args= and kwargs="
                 )
-            return convert_graph(model, None, observe_unrun(model, request.hints), request)
+            unrun = convert_graph(model, None, observe_unrun(model, request.hints), request)
+            note_config(unrun[0], request, None)
+            return unrun
         observed, note = _observed(model, example, request)
         with runs_with_gradients(bool(note)):
             full = full_mode(model, example, observed, request)
@@ -236,6 +241,7 @@ def _converted(model: Any, args: Any, kwargs: Any, request: Request) -> tuple[nn
         if note:
             report: Any = made[0].hc_report
             made[0].__dict__["hc_report"] = replace(report, notes=(*report.notes, note))
+        note_config(made[0], request, example)
         return made
 
 

@@ -37,6 +37,14 @@ class UnknownDialect(UnsupportedModel):
     """A graph is written in operators that are not known, so that its residuals would not be seen."""
 
 
+class NotConverted(HCTransformError, ValueError):
+    """A model that is to be a converted one has no connections."""
+
+
+class CheckpointError(HCTransformError, RuntimeError):
+    """A checkpoint was saved from another conversion than the model's, or from none."""
+
+
 OUT_OF_RESOURCES = (MemoryError, RecursionError, torch.OutOfMemoryError)
 # What is never taken for a property of the model, such as code that cannot be traced.
 NEVER_HIDDEN = (HCTransformError, *OUT_OF_RESOURCES)

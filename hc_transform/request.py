@@ -14,7 +14,10 @@ from .options import Options
 
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 SCOPES = ("graph", "blocks", "auto")
-OPTIMIZER_NOTE = "An optimizer made before the conversion does not know the new parameters: make it anew."
+OPTIMIZER_NOTE = (
+    "An optimizer made before the conversion does not know the new parameters: make it anew, with "
+    "hct.parameter_groups(model, lr=..., weight_decay=...), which does not decay the connections."
+)
 
 
 class Choices(TypedDict, total=False):

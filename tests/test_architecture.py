@@ -13,9 +13,9 @@ import hc_transform
 
 ROOT = Path(hc_transform.__file__).parent
 WINGS = [
-    *("errors", "threads", "streams", "connections", "options", "models", "graphs", "capture", "residuals"),
+    *("errors", "version", "threads", "streams", "connections", "options", "models", "graphs", "capture", "residuals"),
     *("rewriting", "running", "verification", "request", "refusals", "convert_graph", "convert_blocks", "exported"),
-    *("convert", "layer", "measuring", "__init__", "__main__"),
+    *("sites", "inputs_record", "config", "convert", "layer", "training", "measuring", "__init__", "__main__"),
 ]
 
 

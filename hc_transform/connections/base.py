@@ -21,15 +21,16 @@ from ..streams.mixing import (
 from .numbers import Numbers, numbers_of
 from .per_token import Weights
 from .projection import without_autocast
+from .starts import Resettable
 
 INITS = ("paper", "mirrored")
 MIRRORED_SPREAD = 0.5
 MAX_UNROLLED = 8  # streams that n * n tensors of weights mix; above it n * n launches and as many sums take too long
-NOT_OF_FORMULAS = {"index", "init", "dim", "recompute", *vars(nn.Module())} - {"training"}
+NOT_OF_FORMULAS = {"index", "init", "dim", "recompute", "_hc_made_with", *vars(nn.Module())} - {"training"}
 PACKED_DEVICES = ("cpu",)  # where compiled code gains nothing from single numbers, and takes long to compile
 
 
-class Connection(nn.Module):
+class Connection(Resettable):
     """Make the coefficients of one residual from its streams.
 
     A variant defines :meth:`coefficients` and nothing else, with operations of torch. Compiled code runs it on
@@ -53,7 +54,6 @@ class Connection(nn.Module):
 
     needs_dim: ClassVar[bool] = False
     min_streams: ClassVar[int] = 1
-    projections: ClassVar[tuple[str, ...]] = ("projection",)
     _unrolled: ClassVar[Callable[..., Any]]
 
     def __init_subclass__(cls, **settings: Any) -> None:

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 from ..streams.mixing import Coefficients, Streams, expand, full_precision, read
 from .base import starting_reads
 from .projection import EPS, project_flattened, without_autocast
+from .starts import Resettable
 
 
-class StreamEmbedding(nn.Module):
+class StreamEmbedding(Resettable):
     """Expand a value to n streams and add a learnt vector to each: ``X[i] = x + embedding[i]``.
 
     The vectors start at zero.
@@ -39,7 +40,7 @@ class StreamEmbedding(nn.Module):
         return tuple(stream + row.view(shape) for stream, row in zip(streams, rows, strict=True))
 
 
-class LearnedReadout(nn.Module):
+class LearnedReadout(Resettable):
     """Read the streams with weights that depend on the token, which start as the mean.
 
     ``sum_i (sigmoid(scale * RMSNorm(all streams, flattened) @ W + bias)[i] + eps) X[i]``, as

@@ -20,6 +20,7 @@ from ..connections import CONNECTIONS, Connection, FracConnection, StaticConnect
 from ..connections.base import starting_reads
 from ..connections.dynamic import SCALE
 from ..connections.projection import project_normed, without_autocast
+from ..connections.starts import Resettable
 from ..streams.mixing import (
     Coefficients,
     Streams,
@@ -268,7 +269,7 @@ def _make_connection(
     return CONNECTIONS[name](num_streams, **settings)
 
 
-class _StreamRead(nn.Module):
+class _StreamRead(Resettable):
     """One more read of streams, with static and dynamic weights."""
 
     def __init__(self, num_streams: int, dim: int, index: int, feature_axis: int, tanh: bool) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 
 from torch import nn
 
+from ..connections.container import ConnectionDict
 from .findings import Residual
 
 CONNECTIONS_NAME = "hyper_connections"
 DROPOUT_KEY = f"{CONNECTIONS_NAME}.stream_dropout"
 EXPAND, READOUT = "_expand", "_readout"
-_RESERVED = frozenset({*dir(nn.ModuleDict()), "stream_dropout"})
+_RESERVED = frozenset({*dir(nn.ModuleDict()), *dir(ConnectionDict()), "stream_dropout"})
 
 
 def label_of(name: str) -> str:
@@ -39,7 +40,7 @@ def relative(name: str, module: str) -> str:
 def keys_of(names: Iterable[tuple[str, str]]) -> dict[str, str]:
     """Return the path of a connection for each residual, given as (name, path of its module).
 
-    Within a module no two are the same, nor that of a trunk's end, nor an attribute of the ``ModuleDict`` they are in.
+    Within a module no two are the same, nor that of a trunk's end, nor an attribute of a ``ModuleDict``.
 
     >>> keys_of([("enc.a", ""), ("enc.b", "enc"), ("enc_a", ""), ("items", "")])  # doctest: +NORMALIZE_WHITESPACE
     {'enc.a': 'hyper_connections.enc_a', 'enc.b': 'enc.hyper_connections.b', 'enc_a': 'hyper_connections.enc_a_2',
@@ -73,7 +74,7 @@ def add_modules(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> No
         home, _, name = path.rpartition(".")
         holder = root.get_submodule(home.rpartition(".")[0])
         if CONNECTIONS_NAME not in holder._modules:
-            holder.add_module(CONNECTIONS_NAME, nn.ModuleDict().train(holder.training))
+            holder.add_module(CONNECTIONS_NAME, ConnectionDict().train(holder.training))
         within: Any = holder._modules[CONNECTIONS_NAME]
         within[name] = module.train(holder.training)
 
@@ -81,7 +82,12 @@ def add_modules(root: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> No
 def added_modules(root: nn.Module) -> dict[str, nn.Module]:
     """Return the modules that conversion added, by their paths below ``root``."""
     holders = (m for m in root.named_modules() if m[0].rpartition(".")[2] == CONNECTIONS_NAME)
-    return {f"{path}.{name}": module for path, holder in holders for name, module in holder.named_children()}
+    return {f"{path}.{name}": getattr(holder, name) for path, holder in holders for name in _names_in(holder)}
+
+
+def _names_in(holder: Any) -> Iterator[str]:
+    """Return the names of a module's connections, also where PEFT has wrapped what holds them (``modules_to_save``)."""
+    return iter(getattr(holder, "original_module", holder)._modules)
 
 
 def take_out(root: nn.Module) -> list[tuple[nn.Module, nn.Module]]:

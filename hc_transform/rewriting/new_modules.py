@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from ..connections import Connection
+from ..connections.starts import MadeIn
 from ..connections.trunk_ends import LearnedReadout, StreamDropout, StreamEmbedding
 from ..errors import UnsupportedModel
 from ..graphs.dialects import is_lifted, value_of
@@ -58,7 +58,7 @@ def make_connections(plan: Plan) -> dict[str, Connection]:
                 continue
             axis, dim = features_of(residual, plan, modules)
             try:
-                with _MadeIn(_dtype_near(residual, modules)):
+                with MadeIn(_dtype_near(residual, modules)):
                     connection = plan.options.make_connection(index=index, dim=dim, feature_axis=axis)
             except ValueError as error:
                 hint = "; give example inputs with args=, which show the size" if dim is None else ""
@@ -93,7 +93,7 @@ def make_ends(plan: Plan) -> dict[str, nn.Module]:
                         f"{module.__name__} needs the feature size of {residual.name} ({residual.location}), which is "
                         "not known: give example inputs with args="
                     )
-                with _MadeIn(_dtype_near(residual, modules)):
+                with MadeIn(_dtype_near(residual, modules)):
                     made[key] = _like(module(options.num_streams, dim, axis), residual, modules)
     if options.stream_dropout and plan.trunks:
         made[DROPOUT_KEY] = StreamDropout(options.stream_dropout)
@@ -115,24 +115,6 @@ def _like(made: Any, residual: Residual, modules: Mapping[str, nn.Module]) -> An
 
 def _dtype_near(residual: Residual, modules: Mapping[str, nn.Module]) -> torch.dtype:
     return torch.promote_types(torch.float32, _parameter_near(residual, modules).dtype)
-
-
-class _MadeIn(TorchFunctionMode):
-    """Make what has no dtype of its own in ``dtype``: starts that are rounded to fp32 are none in double precision."""
-
-    FACTORIES = (torch.zeros, torch.ones, torch.full, torch.eye, torch.linspace, torch.randn, torch.empty)
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        if self.dtype is torch.float64 and func in self.FACTORIES:
-            whole = func is torch.full and not isinstance(kwargs.get("fill_value", args[-1]), float)
-            if kwargs.get("dtype") is None and not whole:
-                kwargs["dtype"] = self.dtype
-        return func(*args, **kwargs)
 
 
 def _parameter_near(residual: Residual, modules: Mapping[str, nn.Module]) -> torch.Tensor:

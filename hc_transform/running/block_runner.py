@@ -77,8 +77,11 @@ class BlockRunner:
             args, kwargs = read_out((args, kwargs))  # where the code before it changed the value
         if torch.compiler.is_compiling():
             return self._run_compiled(block, number, args, kwargs)
-        if self.calls[number].leaves:
+        call = self.calls[number]
+        if call.leaves:
             refuse_reentrant(block)
+        if block.training:
+            self.captures.watch.passed(block, self.plan.path, first=bool(call.begins), last=not call.leaves)
         key = (  # the same for blocks that do the same, so that torch.compile has one piece of code for them
             number,
             block.training,

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..capture.python_state import is_plain
 from ..capture.trace import bind_inputs, raise_own_error
+from ..connections.frozen import FrozenWatch
 from ..errors import DecisionChanged, TraceError
 from ..graphs.serialize import flatten_graph, unflatten_graph
 from ..models.copies import REGISTERED_HOOKS, keep_plain_tensors
@@ -75,6 +76,7 @@ class HyperConnectedModule(fx.GraphModule):
         self._hints = hints
         self._inlined = analysis.trace.inlined
         self._known = analysis.known
+        self._hc_watch = FrozenWatch()
         self._keys = {r.name: r.key for r in analysis.plan.residuals}
         ends = {t.index: (t.residuals[0].key, t.residuals[-1].key) for t in analysis.plan.trunks}
         self._ends = {r.name: ends[t.index] for t in analysis.plan.trunks for r in t.residuals}
@@ -152,6 +154,11 @@ class HyperConnectedModule(fx.GraphModule):
         return self.__dict__["_original"]
 
     @property
+    def keys_by_name(self) -> dict[str, str]:
+        """The path of the connection of each residual, by the residual's name."""
+        return dict(self._keys)
+
+    @property
     def decides_on_values(self) -> bool:
         """Whether its code decides on values of tensors or on random numbers, so that it takes many graphs."""
         return any(variant.needs.values for variant in self._all_variants())
@@ -161,6 +168,8 @@ class HyperConnectedModule(fx.GraphModule):
 
     def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the first graph that fits the call; trace another if none does."""
+        if self.training:
+            self._hc_watch.passed(self, type(self).__name__, first=True, last=True)
         variants = self._all_variants()
         kind = self._kind_of_call(args, kwargs) if any(v.needs.late for v in variants) else None
         known = self._chosen.get(kind) if kind is not None else None

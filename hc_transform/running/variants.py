@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..capture.python_state import PythonState, is_plain
+from ..connections.frozen import FrozenWatch
 from ..errors import DecisionChanged
 from ..graphs import meta
 from ..graphs.graph_code import shared_function_of
@@ -93,6 +94,7 @@ class Captures:
 
     def __init__(self) -> None:
         self._made: dict[Hashable, list[Variant]] = {}
+        self.watch = FrozenWatch()
 
     def __reduce__(self) -> Any:
         return Captures, ()
