@@ -14,8 +14,8 @@ The way of the data, from :func:`convert` (convert.py) on::
 
 Below these are streams/ (arithmetic of streams, TrunkValue between blocks), connections/ (Connection: how the
 coefficients are made), models/ (copies, state, comparison) and graphs/ (facts about nodes). Beside them are layer/
-(hyper-connections by hand) and measuring/ (times, kernels, bytes). Each wing imports from those named before it in
-tests/test_architecture.py alone.
+(hyper-connections by hand), measuring/ (times, kernels, bytes) and showing/ (printouts, drawings). Each wing imports
+from those named before it in tests/test_architecture.py alone.
 
 Where to add what:
 
@@ -59,12 +59,14 @@ from .options import Options
 from .residuals.find import find_residuals
 from .residuals.findings import Findings, Reason, Residual, Shortcut, Skipped
 from .residuals.planner import Plan, make_plan
-from .residuals.report import Record, Report
+from .residuals.records import Record
+from .residuals.report import Report
 from .residuals.trunks import Trunk
 from .rewriting.rewrite import rewrite
 from .running.block_module import block_graphs
 from .running.graph_model import HyperConnectedModule
 from .running.regional import compile_regions
+from .showing import Printout, diff, draw, show
 from .streams.carried import carry
 from .streams.mixing import Coefficients, FractionCoefficients, expand, read, readout, write
 from .streams.trunk_value import TrunkValue
@@ -96,6 +98,7 @@ __all__ = [
     "PatternError",
     "PlainResidual",
     "Plan",
+    "Printout",
     "Reason",
     "Record",
     "Report",
@@ -115,6 +118,8 @@ __all__ = [
     "carry",
     "compile_regions",
     "convert",
+    "diff",
+    "draw",
     "expand",
     "find_residuals",
     "get_expand_reduce_stream_functions",
@@ -124,6 +129,7 @@ __all__ = [
     "read",
     "readout",
     "rewrite",
+    "show",
     "sinkhorn",
     "sinkhorn_error",
     "verify",

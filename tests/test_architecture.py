@@ -13,9 +13,21 @@ import hc_transform
 
 ROOT = Path(hc_transform.__file__).parent
 WINGS = [
-    *("errors", "threads", "streams", "connections", "options", "models", "graphs", "capture", "residuals"),
+    *(
+        "errors",
+        "threads",
+        "text",
+        "folding",
+        "streams",
+        "connections",
+        "options",
+        "models",
+        "graphs",
+        "capture",
+        "residuals",
+    ),
     *("rewriting", "running", "verification", "request", "refusals", "convert_graph", "convert_blocks", "exported"),
-    *("convert", "layer", "measuring", "__init__", "__main__"),
+    *("convert", "layer", "measuring", "showing", "__init__", "__main__"),
 ]
 
 

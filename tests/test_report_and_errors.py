@@ -30,7 +30,7 @@ def test_report():
     assert report.parameters == new == 6 * (4 + 4 + 16 + 32 * 6 + 2)
     text = str(report)
     assert "An optimizer made before the conversion" in text and "relative error" in text
-    assert "6 residuals on 1 trunks converted" in text
+    assert "6 residuals on 1 trunk converted" in text
     assert json.loads(json.dumps(report.to_dict()))["residuals"][0]["name"] == first.name
 
 
@@ -43,7 +43,7 @@ def test_plan_changes_nothing():
     model = GPT()
     keys = list(model.state_dict())
     plan = hct.plan(model, (tokens(),), num_streams=2)
-    assert len(plan.residuals) == 6 and len(plan.trunks) == 1 and "transformer.h.2.mlp" in str(plan)
+    assert len(plan.residuals) == 6 and len(plan.trunks) == 1 and "transformer.h.0..2: attn, mlp" in str(plan)
     assert list(model.state_dict()) == keys
 
 
@@ -272,7 +272,7 @@ def test_command_line(capsys, monkeypatch):
         == 0
     )
     printed = capsys.readouterr().out
-    assert "6 residuals on 1 trunks converted" in printed and "transformer_h_0_attn_write" in printed
+    assert "6 residuals on 1 trunk converted" in printed and "transformer_h_0_attn_write" in printed
     assert main(["show", "test_report_and_errors:resnet", "--input", "2x4x8x8"]) == 0
     assert "2 residuals" in capsys.readouterr().out
 
