@@ -14,10 +14,13 @@ from torch import nn
 
 from ..text import counted
 from .sketch import elements_in, sketch
-from .svg import CHARACTER, STYLE, Column, Layout, label_width
+from .svg import CHARACTER, STYLE, TOP, Column, Layout, label_width
 
 FORMATS = (".svg", ".png")
-LEGEND = "dots: read (h_pre)   bar: streams mixed and written (h_res, h_post)   x 12: equal blocks, drawn once"
+LEGEND = (
+    "dots: streams read (h_pre); bar: mixed (h_res), written (h_post)",
+    "oval: done to every stream; x 12: equal blocks, drawn once",
+)
 
 
 def draw(hc: nn.Module, path: str | os.PathLike[str]) -> Path:
@@ -60,14 +63,14 @@ def svg_of(hc: nn.Module) -> str:
     widest = max((_most(element) for element in elements_in(content)), default=4)
     layout = Layout(widest)
     canvas = layout.canvas
-    skips = 14
-    column = Column(skips + 20 + label_width(content) + layout.half, 44)
+    column = Column(24 + label_width(content) + layout.half, TOP)
     canvas.text(12, 18, _title(hc), "title")
     layout.sequence(content, column)
     canvas.line(column.x, column.y, column.x, column.y + 10, "value")
-    _long_skips(layout, content, column.x - layout.half - 8)
-    height = column.y + 44
-    canvas.text(12, height - 14, LEGEND, "soft")
+    _long_skips(layout, content)
+    height = max(column.y + 10, canvas.low) + 46
+    for i, line in enumerate(LEGEND):
+        canvas.text(12, height - 28 + 16 * i, line, "soft")
     width = max(canvas.right, len(_title(hc)) * CHARACTER * 1.15) + 14
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     shapes = "\n".join(canvas.parts)
@@ -91,19 +94,20 @@ def _title(hc: nn.Module) -> str:
     return f"{type(hc).__name__}: {what}, {counted(first.streams, 'stream')}, {first.connection}"
 
 
-def _long_skips(layout: Layout, content: Any, x: float) -> None:
+def _long_skips(layout: Layout, content: Any) -> None:
     """Draw values that are read out of a trunk, or come right after it, and are used again further down."""
     elements = [element for element in elements_in(content) if not element.beside]
+    canvas = layout.canvas
+    right = canvas.right
     for i, element in enumerate(elements[:-2]):
         ended = element.kind == "readout" or (element.kind == "ops" and i and elements[i - 1].kind == "readout")
         for later in elements[i + 2 :] if ended else ():
             if later.kind == "ops" and any(n in element.nodes for node in later.nodes for n in node.all_input_nodes):
-                top, low = (layout.canvas.places[next(iter(e.nodes))][1] for e in (element, later))
-                bend = x - 28 - (low - top) / 14
-                layout.canvas.path(
-                    f"M{x:.0f} {top + 8:.0f}C{bend:.0f} {top + 8:.0f} {bend:.0f} {low + 6:.0f} {x:.0f} {low + 6:.0f}",
-                    "skip",
-                )
+                (x, top), (to, low) = (canvas.ends[id(e)] for e in (element, later))
+                canvas.right = max(canvas.right, right + 12) + 12
+                bend = canvas.right - 12
+                canvas.path(f"M{x:.0f} {top:.0f}H{bend:.0f}V{low:.0f}H{to + 5:.0f}", "skip")
+                canvas.path(f"M{to:.0f} {low:.0f}l5 -3v6z", "tip")
 
 
 def _write_png(svg: str, target: Path) -> None:

@@ -12,9 +12,10 @@ from typing import Any
 from torch import nn
 
 from ..folding import Node, fold
+from ..graphs.dialects import module_of
 from ..text import counted, shortened, terminal_width, wrapped
 from .code import detailed
-from .steps import Site, Step, gives_streams, origin, relative_to, steps_of
+from .steps import Site, Step, gives_streams, joined, origin, relative_to, steps_of
 from .within import below
 
 ROLE = 9  # columns of a step's part
@@ -130,6 +131,7 @@ def places(given: Sequence[str]) -> str:
 
 
 def is_hidden(step: Step) -> bool:
+    """Whether a step is left out of what is short: checks, coefficients, what blocks are given and give."""
     blocks = bool(step.prefix) and step.role in ("input", "output")
     return step.role in HIDDEN or blocks or step.node.op == "get_attr" or step.role == "output"
 
@@ -174,15 +176,18 @@ def common_path(paths: Iterable[str]) -> str:
 def home_of(step: Step, homes: Mapping[Any, str], then: str | None) -> str:
     """Return the path that a step is printed at: a trunk's ends stand where the whole trunk is.
 
-    A readout is printed in the module of the last residual where that module goes on; ``then`` is the next step's path.
+    A readout that only the module of the next step takes, whose path is ``then``, is printed in that one; at the end of
+    a trunk it is printed in the module of the last residual where that goes on.
     """
     if step.role == "expand":
         return homes.get(step.node, step.path)
-    if step.role == "readout" and then != step.path:
-        streams: Any = step.node.args[0]
-        if not any(gives_streams(user) for user in streams.users):
-            return homes.get(origin(streams), step.path)
-    return step.path
+    if step.role != "readout" or then == step.path:
+        return step.path
+    streams: Any = step.node.args[0]
+    if not any(gives_streams(user) for user in streams.users):
+        return homes.get(origin(streams), step.path)
+    users = {joined(step.prefix, module_of(user)) for user in step.node.users}
+    return then if then and users == {then} else step.path
 
 
 def _least_depth(content: Iterable[Any]) -> int:

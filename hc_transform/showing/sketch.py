@@ -129,13 +129,21 @@ def _contiguous(placed: Iterable[Placed]) -> Iterator[Placed]:
             continue
         same = [i for i, (_, other) in enumerate(waiting) if other.trunk == element.trunk]
         last = same[-1] + 1 if same else 0
+        own = [other for _, other in waiting[:last] if other.trunk == element.trunk]
         for where, other in waiting[:last]:
             if other.trunk == element.trunk:
                 yield where, other
-            elif other.trunk is None:
+            elif other.trunk is None and _belongs(other, own):
                 yield where, replace(other, beside=True)
         later = [one for one in waiting[:last] if one[1].trunk not in (None, element.trunk)]
         waiting = [*later, *waiting[last:]]
+
+
+def _belongs(ops: Element, own: Sequence[Element]) -> bool:
+    """Whether operations take a value that is read out of a trunk on its way, or give one that is carried with it."""
+    taps = {node for other in own if other.kind == "tap" for node in other.nodes}
+    carried = {node for other in own if other.kind == "carried" for node in other.nodes}
+    return any(taps.intersection(node.all_input_nodes) or carried.intersection(node.users) for node in ops.nodes)
 
 
 def _with_python(placed: Sequence[Placed], name: str) -> Iterator[Placed]:

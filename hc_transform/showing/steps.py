@@ -79,7 +79,8 @@ class Step:
     def what(self) -> str:
         """The module that is called, by its path below ``path``, or the function."""
         if self.node.op == "call_module":
-            return relative_to(self.path, joined(self.prefix, str(self.node.target)))
+            own = relative_to(self.path, joined(self.prefix, str(self.node.target)))
+            return f"{self.path.rpartition('.')[2]}.{own}" if own.isdigit() and self.path else own
         if self.node.op in ("placeholder", "get_attr"):
             return str(self.node.target).lstrip("*")
         if self.role == "carried" and self.node.args and self.node.op == "call_function":

@@ -16,6 +16,8 @@ CHARACTER = 6.7  # width of one, in pixels
 GAP = 8  # between streams
 MOST = 8  # streams that are drawn
 NAMES = 46  # characters of a line of names
+TOP = 44  # where drawings begin
+LONG = 560  # height above which the next trunk is drawn beside
 STYLE = """
 .bg{fill:#ffffff}
 text{font:11px ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;fill:#1f2328}
@@ -40,7 +42,8 @@ class Canvas:
 
     parts: list[str] = field(default_factory=list)
     right: float = 0.0
-    places: dict[Any, tuple[str, float, bool]] = field(default_factory=dict)  # node: (kind, y, on the outer level)
+    low: float = 0.0
+    ends: dict[int, tuple[float, float]] = field(default_factory=dict)  # where the value of an element comes out
 
     def text(self, x: float, y: float, text: str, kind: str = "", anchor: str = "start") -> None:
         """Write ``text``, its middle at ``y``."""
@@ -80,14 +83,14 @@ class Column:
         y: how far down.
         streams: how many run there, 1 for a plain value.
         outer: whether it is the level of the model.
-        pending: the bottom of operations beside the trunk that nothing has taken up yet.
+        beside: operations beside the trunk, each with the place that its value comes from.
     """
 
     x: float
     y: float
     streams: int = 1
     outer: bool = True
-    pending: tuple[float, float] | None = None
+    beside: list[tuple[Element, float, float]] = field(default_factory=list)
 
     @property
     def half(self) -> float:
@@ -104,16 +107,28 @@ class Layout:
 
     def sequence(self, content: Sequence[Any], column: Column, prefix: str = "") -> None:
         """Draw elements and what holds them."""
-        for part in content:
+        for i, part in enumerate(content):
+            then = content[i + 1] if i + 1 < len(content) else None
+            if column.outer and column.streams == 1 and column.y > LONG and _opens(part):
+                self._next_column(column, content[i:])
             if isinstance(part, Element):
-                self._element(part, column)
+                self._element(part, then, column)
                 continue
             path = f"{prefix}.{part.path}" if prefix else part.path
-            top = column.y
-            held = part.times > 1 or any(isinstance(p, Element) and p.kind in ("site", "carried") for p in part.content)
-            self.sequence(part.content, column, "" if held else path)
-            if held:
+            top, where = column.y, column.x
+            self.sequence(part.content, column, "" if is_held(part) else path)
+            if is_held(part) and where == column.x:
                 self._bracket(part, path, column, top)
+
+    def _next_column(self, column: Column, content: Sequence[Any]) -> None:
+        """Go on at the top, on the right of what is drawn."""
+        x = self.canvas.right + 60 + label_width(content) + self.half
+        between = self.canvas.right + 24
+        low = column.y + 12
+        way = f"M{column.x:.0f} {column.y:.0f}V{low:.0f}H{between:.0f}V{TOP:.0f}H{x:.0f}V{TOP + 8:.0f}"
+        self.canvas.path(way, "value")
+        self.canvas.low = max(self.canvas.low, low)
+        column.x, column.y = x, TOP + 8
 
     def _bracket(self, node: Node[Element], path: str, column: Column, top: float) -> None:
         """Draw what several elements belong to, on the left of them."""
@@ -134,9 +149,7 @@ class Layout:
             x = column.x - column.half + GAP * i
             self.canvas.line(x, column.y, x, column.y + height, kind)
 
-    def _element(self, element: Element, column: Column) -> None:
-        for node in element.nodes:
-            self.canvas.places[node] = (element.kind, column.y + 12, column.outer and not element.beside)
+    def _element(self, element: Element, then: Any, column: Column) -> None:
         if element.kind in ("ops", "python"):
             self._beside(element, column) if element.beside else self._operations(element, column)
         elif element.kind in ("expand", "readout"):
@@ -144,7 +157,7 @@ class Layout:
         elif element.kind == "carried":
             self._carried(element, column)
         elif element.kind == "tap":
-            self._tap(column)
+            self._tap(element, then, column)
         elif element.inside:
             self._nested(element, column)
         else:
@@ -157,6 +170,7 @@ class Layout:
         x = column.x - self.half - 8
         self.canvas.box(x, column.y, len(text) * CHARACTER + 16, 22, "python" if element.kind == "python" else "ops")
         self.canvas.text(x + 8, column.y + 11, text, "soft" if element.kind == "python" else "")
+        self.canvas.ends[id(element)] = x + len(text) * CHARACTER + 16, column.y + 11
         column.y += 22
 
     def _beside(self, element: Element, column: Column) -> None:
@@ -164,7 +178,7 @@ class Layout:
         x = column.x + self.half + 56
         self.canvas.box(x, column.y + 2, len(text) * CHARACTER + 16, 22, "ops")
         self.canvas.text(x + 8, column.y + 13, text)
-        column.pending = (x + 14, column.y + 24)
+        column.beside.append((element, x + 14, column.y + 24))
         self._lines(column, 28)
         column.y += 28
 
@@ -182,26 +196,32 @@ class Layout:
                 f"M{start:.0f} {y:.0f}C{start:.0f} {y + 9:.0f} {end:.0f} {y + 9:.0f} {end:.0f} {y + 18:.0f}", "stream"
             )
         self.canvas.text(column.x + self.half + 16, y + 9, f"expand to {wide} streams" if opens else "readout", "end")
+        self.canvas.ends[id(element)] = column.x + self.half + 70, y + 9
         column.streams = wide if opens else 1
         column.y = y + 18
 
     def _carried(self, element: Element, column: Column) -> None:
         text = listed(element.names, NAMES)
-        self._lines(column, 26)
-        self.canvas.box(column.x - self.half - 6, column.y + 4, 2 * self.half + 12, 16, "carried", 8)
-        self.canvas.text(column.x + self.half + 16, column.y + 12, text, "soft")
-        if column.pending is not None:
-            x, low = column.pending
-            to = column.x + self.half + 16 + len(text) * CHARACTER + 8
-            self.canvas.path(f"M{x:.0f} {low:.0f}V{column.y + 12:.0f}H{to:.0f}", "way")
-            column.pending = None
-        column.y += 26
+        self._lines(column, 22)
+        self.canvas.box(column.x - self.half - 6, column.y + 3, 2 * self.half + 12, 15, "carried", 7)
+        self.canvas.text(column.x + self.half + 16, column.y + 10, text, "soft")
+        given = {value for node in element.nodes for value in node.all_input_nodes}
+        for ops, x, low in column.beside:
+            if given.intersection(ops.nodes):
+                to = column.x + self.half + 16 + len(text) * CHARACTER + 6
+                self.canvas.line(max(x, to + 8), low, max(x, to + 8), column.y + 10, "way")
+                self.canvas.arrow(max(x, to + 8), column.y + 10, to)
+        column.y += 22
 
-    def _tap(self, column: Column) -> None:
-        self._lines(column, 20)
-        self.canvas.arrow(column.x + column.half, column.y + 10, column.x + self.half + 34)
-        self.canvas.text(column.x + self.half + 40, column.y + 10, "readout", "end")
-        column.y += 20
+    def _tap(self, element: Element, then: Any, column: Column) -> None:
+        """Draw a value that is read out on the way; operations beside the trunk that take it follow at once."""
+        y = column.y + (13 if _takes(then, element) else 10)
+        to = column.x + self.half + (56 if _takes(then, element) else 34)
+        self.canvas.arrow(column.x + column.half, y, to)
+        if not _takes(then, element):
+            self.canvas.text(to + 6, y, "readout", "end")
+            self._lines(column, 20)
+            column.y += 20
 
     def _site(self, element: Element, column: Column) -> None:
         names = listed(element.names, NAMES)
@@ -252,7 +272,25 @@ def label_width(content: Sequence[Any], prefix: str = "") -> float:
     for part in content:
         if isinstance(part, Node):
             path = f"{prefix}.{part.path}" if prefix else part.path
-            held = part.times > 1 or any(isinstance(p, Element) and p.kind in ("site", "carried") for p in part.content)
-            own = min(len(path), 30) * CHARACTER + 22 if held else 0.0
-            widest = max(widest, own + label_width(part.content, "" if held else path))
+            own = min(len(path), 30) * CHARACTER + 22 if is_held(part) else 0.0
+            widest = max(widest, own + label_width(part.content, "" if is_held(part) else path))
     return widest
+
+
+def is_held(node: Node[Element]) -> bool:
+    """Whether what is in a node has its path on the left of it."""
+    return node.times > 1 or any(isinstance(p, Element) and p.kind in ("site", "carried") for p in node.content)
+
+
+def _opens(part: Any) -> bool:
+    """Whether a trunk begins with an element, or with the first one of a node."""
+    while isinstance(part, Node):
+        part = part.content[0]
+    return bool(part.kind == "expand")
+
+
+def _takes(then: Any, tap: Element) -> bool:
+    """Whether the next element stands beside the trunk and takes what is read out."""
+    if not isinstance(then, Element) or not then.beside:
+        return False
+    return any(tap.nodes.intersection(node.all_input_nodes) for node in then.nodes)
