@@ -8,11 +8,10 @@ import re
 
 import pytest
 import torch
-from models import GPT, Chain, ConvBlock, Mixing, NoGrad
+from models import GPT, Chain, Mixing, NoGrad
 from torch import nn
 
 import hc_transform as hct
-from hc_transform.__main__ import main
 from hc_transform.verification import verify
 
 
@@ -256,39 +255,6 @@ def test_verify_catches_a_wrong_rewrite(mutation, zero_head):
         hct.NotEquivalent, match=r"first difference, .*e.*, is after the residual 0\.fs\.[12] \(.*test_report"
     ):
         verify.verify(model, gm, plan, (x,), {})
-
-
-def resnet():
-    return nn.Sequential(ConvBlock(), ConvBlock())
-
-
-def gpt():
-    return GPT(), (tokens(),)
-
-
-def test_command_line(capsys, monkeypatch):
-    assert (
-        main(["show", "test_report_and_errors:gpt", "--streams", "2", "--connection", "static", "--graph", "--code"])
-        == 0
-    )
-    printed = capsys.readouterr().out
-    assert "6 residuals on 1 trunk converted" in printed and "transformer_h_0_attn_write" in printed
-    assert main(["show", "test_report_and_errors:resnet", "--input", "2x4x8x8"]) == 0
-    assert "2 residuals" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (["show", "resnet18"], "SPEC is torchvision:NAME"),
-        (["show", "no_such_package:thing"], "No module named 'no_such_package'"),
-        (["show", "test_report_and_errors:resnet"], "--input 1x3x224x224"),
-        (["show", "test_report_and_errors:resnet", "--input", "1x3x8x8"], "itself fails on the example inputs"),
-    ],
-)
-def test_command_line_errors(arguments, message, capsys):
-    assert main(arguments) == 1
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scope", ["graph", "blocks", "auto"])

@@ -1,6 +1,6 @@
-"""What was done, to be seen: printouts of rewritten graphs, the code of a block before and after, drawings.
+"""What was done, to be seen: printouts of graphs, a block before and after, drawings, a page, the command line.
 
-May import: anything but measuring.
+May import: anything.
 """
 
 from .difference import diff

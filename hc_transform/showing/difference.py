@@ -122,7 +122,10 @@ def _python(
     after_code = [step for step in rest if step not in before_code]
 
     def rows() -> Iterator[tuple[str, str, bool]]:
-        yield from (("", expression(step, name), step.role in NEW) for step in before_code)
+        given = [expression(step, name) for step in before_code if step.role == "input"]
+        if given:
+            yield "", f"given {', '.join(given)}", False
+        yield from (("", expression(step, name), True) for step in before_code if step.role != "input")
         for number, text in enumerate(source, first):
             made = by_line.get(number, [])
             changed = [step.role in (*NEW, "write", "carried") for step in made]

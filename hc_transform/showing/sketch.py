@@ -41,12 +41,23 @@ class Element:
 Placed = tuple[str, Element]
 
 
+@dataclass(frozen=True)
+class _Context:
+    """What is known of the whole model: paths and numbers of trunks by the nodes that they begin with."""
+
+    homes: Mapping[Any, str]
+    numbers: Mapping[fx.Node, Any]
+    streams: int
+
+
 def sketch(hc: nn.Module) -> tuple[Any, ...]:
     """Return the elements of a converted model in order, equal blocks folded: elements, and nodes that hold some."""
     steps = steps_of(hc)
     shown = [step for step in steps if not is_hidden(step) and step.role != "input"]
-    homes = trunk_paths(hc, steps)
-    placed = list(_contiguous(_elements(shown, 0, homes, _numbers(hc, steps))))
+    report = getattr(hc, "hc_report", None)
+    streams = report.converted[0].streams if report is not None and report.converted else 4
+    context = _Context(trunk_paths(hc, steps), _numbers(hc, steps), streams)
+    placed = list(_contiguous(_elements(shown, 0, context)))
     if any(step.prefix for step in steps):
         placed = list(_with_python(placed, type(hc).__name__))
     return fold(placed)
@@ -63,9 +74,7 @@ def _level(step: Step) -> int:
     return len(step.sites) - (step.role in ("read", "write"))
 
 
-def _elements(
-    steps: Sequence[Step], level: int, homes: Mapping[Any, str], numbers: Mapping[fx.Node, Any]
-) -> list[Placed]:
+def _elements(steps: Sequence[Step], level: int, context: _Context) -> list[Placed]:
     """Return the elements of one level: of the model, or of the branch of a residual."""
     inside: dict[int, list[Step]] = {}
     for step in steps:
@@ -79,9 +88,9 @@ def _elements(
             site = step.sites[level]
             if id(site) not in drawn:
                 drawn.add(id(site))
-                made.append(_site(site, inside.get(id(site), []), level, homes, numbers))
+                made.append(_site(site, inside.get(id(site), []), level, context))
             continue
-        path, element = home_of(step, homes, then), _element(step, numbers)
+        path, element = home_of(step, context.homes, then), _element(step, context)
         last = made[-1] if made else None
         if last is not None and element.kind in ("ops", "carried") and last[1].kind == element.kind and path == last[0]:
             names, nodes = (*last[1].names, *element.names), last[1].nodes | element.nodes
@@ -91,31 +100,27 @@ def _elements(
     return made
 
 
-def _site(
-    site: Site, steps: Sequence[Step], level: int, homes: Mapping[Any, str], numbers: Mapping[fx.Node, Any]
-) -> Placed:
+def _site(site: Site, steps: Sequence[Step], level: int, context: _Context) -> Placed:
     name = relative_to(site.module, site.name)
     nested = any(step.role in ("read", "write") for step in steps)
-    inside = fold(_contiguous(_elements(steps, level + 1, homes, numbers))) if nested else ()
+    inside = fold(_contiguous(_elements(steps, level + 1, context))) if nested else ()
     names = () if nested else tuple(step.what for step in steps)
     own = frozenset((site.write, *site.region))
     label = "" if name == site.module else name
-    return site.module, Element("site", label, names, inside, trunk=numbers[site.trunk], nodes=own)
+    return site.module, Element("site", label, names, inside, trunk=context.numbers[site.trunk], nodes=own)
 
 
-def _element(step: Step, numbers: Mapping[fx.Node, Any]) -> Element:
+def _element(step: Step, context: _Context) -> Element:
     nodes = frozenset((step.node,))
     if step.role == "expand":
-        given = step.node.args
-        streams = given[1] if len(given) > 1 and isinstance(given[1], int) else 4
-        return Element("expand", streams=streams, trunk=numbers.get(step.node), nodes=nodes)
+        return Element("expand", streams=context.streams, trunk=context.numbers.get(step.node), nodes=nodes)
     if step.role == "readout":
         streams_read: Any = step.node.args[0]
         kind = "tap" if any(gives_streams(user) for user in streams_read.users) else "readout"
-        return Element(kind, trunk=numbers.get(origin(streams_read)), nodes=nodes)
+        return Element(kind, trunk=context.numbers.get(origin(streams_read)), nodes=nodes)
     if step.role == "carried":
-        given = next((n for n in step.node.all_input_nodes if gives_streams(n)), None)
-        return Element("carried", names=(step.what,), trunk=numbers.get(origin(given)), nodes=nodes)
+        given: Any = next((n for n in step.node.all_input_nodes if gives_streams(n)), None)
+        return Element("carried", names=(step.what,), trunk=context.numbers.get(origin(given)), nodes=nodes)
     return Element("ops", names=(step.what,), nodes=nodes)
 
 
