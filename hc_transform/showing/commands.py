@@ -12,15 +12,18 @@ from torch import nn
 
 from ..connections import CONNECTIONS
 from ..convert import convert, plan
+from ..errors import UnsupportedModel
 from ..measuring.bench import bench, table
 from ..models.copies import clone_structure
 from ..text import terminal_width
 from .code import fitted
 from .difference import diff
-from .drawing import draw
+from .drawing import FORMATS, draw
 from .page import page
 from .printout import show
 from .specs import Example, UsageError, model_and_inputs, near
+from .steps import steps_of
+from .within import below
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -28,6 +31,8 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def show_command(options: argparse.Namespace) -> int:
     """Convert and verify a model, and print what was asked for: the report, the graph, a block before and after."""
     _check_connection(options)
+    if options.draw is not None and Path(options.draw).suffix.lower() not in FORMATS:
+        raise UsageError(f"--draw writes {' or '.join(FORMATS)}, got {options.draw!r}")
     model, (args, kwargs) = model_and_inputs(options.spec, options.input)
     model.eval()
     chosen = _conversion(options)
@@ -44,6 +49,11 @@ def show_command(options: argparse.Namespace) -> int:
 def _printouts(model: nn.Module, hc: Any, options: argparse.Namespace) -> list[str]:
     """Return what is to be printed: the report where nothing else is asked for; write the files."""
     parts: list[str] = []
+    if options.block is not None:
+        try:
+            below(steps_of(hc), options.block)
+        except UnsupportedModel as error:
+            raise UsageError(f"--block: {error}") from error
     if options.graph or options.block is not None and not options.diff:
         parts.append(show(hc, options.block))
     if options.diff:

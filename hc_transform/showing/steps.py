@@ -15,8 +15,7 @@ from ..graphs.guards import CHECKS
 from ..graphs.shape_reads import is_shape_read
 from ..residuals.keys import CONNECTIONS_NAME, EXPAND, READOUT
 from ..residuals.records import short
-from ..running.block_module import block_graphs
-from ..running.block_runner import RUNNER
+from ..running.block_runner import RUNNER, BlockRunner
 from ..running.graph_model import HyperConnectedModule
 from ..streams import mixing, trunk_value
 from ..streams.carried import CarriedFunction, plain_name
@@ -88,23 +87,30 @@ class Step:
         return name_of(self.node)
 
 
-def graphs_of(hc: nn.Module) -> dict[str, fx.Graph]:
-    """Return the graphs that a converted model runs by the paths of the modules that run them, "" for the root.
+def graphs_of(hc: nn.Module) -> list[tuple[str, fx.Graph, bool]]:
+    """Return the graphs that a converted model runs, each with the path of its module, and whether streams begin there.
 
-    Of those for different kinds of calls, the first.
+    A block that is called several times has one for each call; of those for different kinds of calls it is the first.
 
     Raises:
         UnsupportedModel: ``hc`` is no converted model, or its blocks have not run yet.
     """
     if isinstance(hc, fx.GraphModule) and (isinstance(hc, HyperConnectedModule) or _is_rewritten(hc)):
-        return {"": hc.graph}
-    blocks = {path: graphs[0] for path, graphs in block_graphs(hc).items() if graphs}
-    if not blocks:
+        return [("", hc.graph, True)]
+    found: list[tuple[str, fx.Graph, bool]] = []
+    for path, module in hc.named_modules():
+        runner: BlockRunner | None = module.__dict__.get(RUNNER)
+        first: dict[int, fx.Graph] = {}
+        for key, variants in runner.variants.items() if runner is not None else ():
+            first.setdefault(key[0], variants[0].graph)
+        if runner is not None:
+            found += [(path, first[number], bool(runner.calls[number].begins)) for number in sorted(first)]
+    if not found:
         raise UnsupportedModel(
             f"{type(hc).__name__} runs no rewritten graph: show, diff and draw take what convert returns, and a model "
             "whose blocks were called once"
         )
-    return blocks
+    return found
 
 
 def steps_of(hc: nn.Module) -> list[Step]:
@@ -112,7 +118,7 @@ def steps_of(hc: nn.Module) -> list[Step]:
 
     Of blocks, those of each; what the Python between them does is not among them.
     """
-    return [step for path, graph in graphs_of(hc).items() for step in _steps(graph, path, _begins(hc, path))]
+    return [step for path, graph, begins in graphs_of(hc) for step in _steps(graph, path, begins)]
 
 
 def sites_of(graph: fx.Graph, prefix: str = "") -> list[Site]:
@@ -170,13 +176,7 @@ def _is_rewritten(gm: fx.GraphModule) -> bool:
     return any(FUNCTIONS.get(node.target) == "write" for node in gm.graph.nodes)
 
 
-def _begins(hc: nn.Module, path: str) -> bool | None:
-    """Whether the streams of a block begin in it; None for a graph of the whole model."""
-    runner = hc.get_submodule(path).__dict__.get(RUNNER)
-    return None if runner is None else bool(runner.calls[0].begins)
-
-
-def _steps(graph: fx.Graph, prefix: str, begins: bool | None) -> Iterator[Step]:
+def _steps(graph: fx.Graph, prefix: str, begins: bool) -> Iterator[Step]:
     sites = sites_of(graph, prefix)
     inside: dict[fx.Node, list[Site]] = {}
     for site in sites:
