@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import re
+import runpy
 import shutil
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
@@ -256,6 +258,20 @@ def test_a_drawing_is_the_same_each_time(tmp_path):
         for i in range(2)
     )
     assert first == second and 'class="skip"' in first, "a long skip"
+
+
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="another torch has other operations in an encoder")
+def test_the_picture_of_the_readme_is_what_is_drawn(tmp_path):
+    examples = Path(__file__).parent.parent / "examples"
+    drawn = runpy.run_path(str(examples / "draw_encoder.py"))["main"](tmp_path)
+    assert drawn.read_text() == (examples / "encoder.svg").read_text(), "python examples/draw_encoder.py"
+
+
+def test_lines_that_became_nothing_are_left_out():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+    hc = hct.convert(layer, (torch.randn(2, 5, 8),), scope="graph", verify=False)
+    shown = hct.diff(layer, hc, width=100)
+    assert re.search(r"\.\.\. \d+ lines", shown) and len(shown.splitlines()) < 50
 
 
 def test_other_kinds_of_files(tmp_path, monkeypatch):

@@ -158,7 +158,7 @@ def _rows(content: Iterable[Any], prefix: str, times: int) -> Iterator[Row]:
 
 def _is_leaf(node: Node[_Fact]) -> bool:
     """Whether a node is adds alone, of one module that has a name of its own and no number."""
-    numbered = any(atom[-1:].isdigit() for atom in node.path.split("."))
+    numbered = ".." in node.path or any(atom[:1].isdigit() for atom in node.path.split("."))
     return not numbered and all(isinstance(part, _Fact) for part in node.content)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby, zip_longest
 from typing import Any
 
@@ -22,6 +22,7 @@ from .within import below
 CHANGED, SAME = " > ", " | "
 NEW = ("expand", "enter", "coefficients", "read", "readout", "hand on")
 BEFORE = ("python", "graph")
+IDLE = 4  # lines that became nothing, above which they are left out
 
 
 def diff(
@@ -126,7 +127,12 @@ def _python(
         if given:
             yield "", f"given {', '.join(given)}", False
         yield from (("", expression(step, name), True) for step in before_code if step.role != "input")
+        idle = _idle(len(source), first, by_line)
         for number, text in enumerate(source, first):
+            if number in idle:
+                if idle[number]:
+                    yield f"     ... {idle[number]} lines", "", False
+                continue
             made = by_line.get(number, [])
             changed = [step.role in (*NEW, "write", "carried") for step in made]
             right = [expression(step, name) for step in made]
@@ -137,6 +143,21 @@ def _python(
                 yield (f"     ({at})" if at and not i else ""), expression(step, name), step.role in NEW
 
     yield from _rows(rows(), width)
+
+
+def _idle(count: int, first: int, by_line: Mapping[int, Any]) -> dict[int, int]:
+    """Return the lines that are left out, of many that became nothing: how many these are, at the first, else 0."""
+    idle: dict[int, int] = {}
+    run: list[int] = []
+    for number in range(first, first + count + 1):
+        if number < first + count and number not in by_line:
+            run.append(number)
+            continue
+        inner = run[1:-1]
+        if len(inner) > IDLE:
+            idle.update(dict.fromkeys(inner, 0) | {inner[0]: len(inner)})
+        run = []
+    return idle
 
 
 def _rows(rows: Iterator[tuple[str, str, bool]], width: int) -> Iterator[str]:

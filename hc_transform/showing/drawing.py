@@ -14,9 +14,10 @@ from torch import nn
 
 from ..text import counted
 from .sketch import elements_in, sketch
-from .svg import CHARACTER, STYLE, TOP, Column, Layout, label_width
+from .svg import STYLE, TOP, Column, Layout, label_width
 
 FORMATS = (".svg", ".png")
+TITLE = 8.8  # width of a character of the title, in pixels
 LEGEND = (
     "dots: streams read (h_pre); bar: mixed (h_res), written (h_post)",
     "oval: done to every stream; x 12: equal blocks, drawn once",
@@ -71,7 +72,7 @@ def svg_of(hc: nn.Module) -> str:
     height = max(column.y + 10, canvas.low) + 46
     for i, line in enumerate(LEGEND):
         canvas.text(12, height - 28 + 16 * i, line, "soft")
-    width = max(canvas.right, len(_title(hc)) * CHARACTER * 1.15) + 14
+    width = max(canvas.right, len(_title(hc)) * TITLE) + 14
     size = f'width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}"'
     shapes = "\n".join(canvas.parts)
     return (
