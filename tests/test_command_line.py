@@ -83,7 +83,7 @@ def test_show(arguments, said, capsys):
         (["show", f"{HERE}:gpt", "--scope", "x"], 2, "invalid choice: 'x'"),
         (["shw", f"{HERE}:gpt"], 2, "invalid choice: 'shw'"),
         (["show"], 2, "the following arguments are required: SPEC"),
-        (["show", f"{HERE}:gpt", "--block", "transformer.h.9"], 1, "Near paths that are: transformer.h.0"),
+        (["show", f"{HERE}:gpt", "--block", "transformer.h.9"], 2, "Near paths that are: transformer.h."),
         (["show", f"{HERE}:gpt", "--draw", "x.jpg"], 2, "--draw writes .svg or .png"),
         (["show", f"{HERE}:resnet", "--input", "1x3x8x8"], 1, "itself fails on the example inputs"),
     ],
