@@ -1,170 +1,121 @@
-"""The command line: ``python -m hc_transform show SPEC`` and ``python -m hc_transform bench SPEC``."""
+"""Look at models, and at what converting them gives and costs.
+
+SPEC is torchvision:NAME, timm:NAME, hf:TYPE (a small model of a type of transformers, or hf:./config.json),
+package.module:NAME or ./file.py:NAME (a model, a class, or a function that returns a model, or a model and inputs).
+
+    hc-transform list
+    hc-transform show timm:vit_tiny_patch16_224
+    hc-transform show timm:vit_tiny_patch16_224 --graph
+    hc-transform show hf:llama --diff --block model.layers.0
+    hc-transform show ./net.py:Net --input 2x3x32x32 --draw net.svg
+    hc-transform report hf:gpt2 --html gpt2.html
+    hc-transform bench timm:deit_small_patch16_224 --connection static --dtype bf16
+"""
 
 from __future__ import annotations
 
 import argparse
-import importlib
-import json
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import NoReturn
 
-import torch
-from torch import nn
+# As in options.py, request.py and connections/base.py, which take seconds to import.
+READOUTS = ("mean", "sum", "learned")
+SHORTCUTS = ("break", "carry")
+NESTED = ("largest", "all")
+SCOPES = ("graph", "blocks", "auto")
+INITS = ("paper", "mirrored")
+BANDWIDTH = 3.35  # TB/s, of an H100
 
-from .connections import CONNECTIONS
-from .connections.base import INITS
-from .convert import convert
-from .errors import HCTransformError
-from .measuring.cost import H100_BANDWIDTH
-from .models.examples import example_inputs, random_input
-from .options import READOUTS, SHORTCUTS
-from .request import SCOPES
+USAGE, FAILURE, INTERRUPTED = 2, 1, 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print a mistake and where to read more, and exit."""
+        self.exit(USAGE, f"{self.prog}: error: {message} (--help tells more)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 1 for an error that was printed."""
-    options = _parser().parse_args(argv)
-    try:
-        return options.run(options)
-    except HCTransformError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-    except SpecError as error:
-        print(f"error: {error}", file=sys.stderr)
-    return 1
+    """Run the command line and return its exit status: 0, 1 for a failure, 2 for a mistake in what was asked for.
 
-
-def show(options: argparse.Namespace) -> int:
-    """Convert and verify the model of ``options.spec``, and print the report."""
-    model, example = _model_and_inputs(options)
-    model.eval()
-    hc = convert(model, example, **_conversion(options))
-    print(hc.hc_report)
-    if options.graph:
-        print(f"\n{hc.graph}")
-    if options.code:
-        print(f"\n{hc.print_readable(print_output=False)}")
-    return 0
-
-
-def benchmark(options: argparse.Namespace) -> int:
-    """Measure the model of ``options.spec`` before and after conversion, and print the table."""
-    from .measuring.bench import bench, table
-
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    model, example = _model_and_inputs(options)
-    dtype = getattr(torch, {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[options.dtype])
-    model = model.to(device, dtype)
-    inputs = tuple(_moved(x, device, dtype) for x in example)
-    model.train(options.mode == "train")
-    hc = convert(model, inputs, verify=False, **_conversion(options))
-    name = f"{options.connection}, n = {hc.hc_report.converted[0].streams}"
-    figures = bench(
-        {"plain": model, name: hc},
-        inputs,
-        mode=options.mode,
-        repeats=options.repeats,
-        compiled=options.compile,
-        count=options.count,
-        regions=options.regions,
-    )
-    if options.json:
-        print(json.dumps({name: f.to_dict() for name, f in figures.items()}, indent=1))
-        return 0
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{options.spec}, {options.mode}, {options.dtype}, {where}, torch {torch.__version__}\n")
-    print(table(figures, options.bandwidth * 1e12))
-    return 0
-
-
-def _moved(value: Any, device: torch.device, dtype: torch.dtype) -> Any:
-    if not isinstance(value, torch.Tensor):
-        return value
-    return value.to(device, dtype) if value.is_floating_point() else value.to(device)
-
-
-def _model_and_inputs(options: argparse.Namespace) -> tuple[nn.Module, tuple[Any, ...]]:
-    """Return the model that the command line names, and example inputs of the shape it gives or of the model's own."""
-    torch.manual_seed(0)
-    model, example = load(options.spec)
-    if options.input is not None:
-        return model, (random_input(options.input, model),)
-    if example is not None:
-        return model, example
-    found = example_inputs(model)
-    if found is None:
-        raise SpecError(f"{options.spec} carries no example input; give its shape with --input 1x3x224x224")
-    return model, tuple(found[1].values()) if found[1] else found[0]
-
-
-def _conversion(options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of convert that the command line gives."""
-    return dict(
-        num_streams=options.streams,
-        num_fractions=options.fractions,
-        connection=options.connection,
-        init=options.init,
-        readout=options.readout,
-        shortcuts=options.shortcuts,
-        recompute=options.recompute,
-        scope=options.scope,
-    )
-
-
-class SpecError(Exception):
-    """The model that the command line names could not be made."""
-
-
-def load(spec: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
-    """Return the model of ``torchvision:NAME``, ``timm:NAME`` or ``package.module:callable``, and example inputs.
-
-    A callable returns a model, or a model and a tuple of inputs. Weights are random.
+    Either is printed as one line; ``--debug`` raises it.
     """
-    source, _, name = spec.partition(":")
-    if not name:
-        raise SpecError(f"SPEC is torchvision:NAME, timm:NAME or package.module:callable, got {spec!r}")
     try:
-        if source == "torchvision":
-            return _load_torchvision(name)
-        if source == "timm":
-            return importlib.import_module("timm").create_model(name, pretrained=False), None
-        sys.path.insert(0, "")
-        made = getattr(importlib.import_module(source), name)()
-    except ImportError as error:
-        raise SpecError(f"{spec}: {error}") from error
-    except (AttributeError, ValueError, RuntimeError) as error:
-        raise SpecError(f"{spec}: {error}") from error
-    return (made[0], tuple(made[1])) if isinstance(made, tuple) else (made, None)
-
-
-def _load_torchvision(name: str) -> tuple[nn.Module, tuple[Any, ...] | None]:
-    models = importlib.import_module("torchvision").models
-    model = models.get_model(name, weights=None)
-    transforms = models.get_model_weights(name).DEFAULT.transforms()
-    crop = getattr(transforms, "crop_size", None)
-    if not crop:
-        return model, None
-    size = tuple(crop) if len(crop) > 1 else (crop[0], crop[0])
-    return model, (random_input((2, 3, *size), model),)
-
-
-def _shape(text: str) -> tuple[int, ...]:
+        options = _parser().parse_args(argv)
+    except SystemExit as exit:
+        return int(exit.code or 0)
     try:
-        return tuple(int(part) for part in text.lower().split("x"))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a shape is written 1x3x224x224, got {text!r}") from None
+        return _run(options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # whoever reads it has read enough
+        sys.stderr.close()
+        return 0
+    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
+        if options.debug:
+            raise
+        usage = type(error).__name__ in ("UsageError", "PatternError")
+        name = "error" if type(error).__name__ == "UsageError" else type(error).__name__
+        print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return USAGE if usage else FAILURE
+
+
+def _run(options: argparse.Namespace) -> int:
+    """Run a subcommand. What takes long to import is imported here, so that --help does not."""
+    from .showing import commands
+
+    run = {"show": commands.show_command, "list": commands.list_command, "bench": commands.bench_command}
+    status: int = run[options.run](options)
+    return status
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"hc_transform {version('hc_transform')}, torch {version('torch')}"
+    except PackageNotFoundError:
+        return "hc_transform, not installed"
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hc_transform", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="hc-transform", description=__doc__, formatter_class=formatter)
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     command = commands.add_parser("show", help="convert a model, verify it and print what was done")
     _add_conversion(command)
-    command.add_argument("--graph", action="store_true", help="print the rewritten graph")
-    command.add_argument("--code", action="store_true", help="print the rewritten graph as Python code")
-    command.set_defaults(run=show)
+    _add_printouts(command)
+    command.set_defaults(run="show", verbose=False)
+    command = commands.add_parser("report", help="the same, with --html as a page")
+    _add_conversion(command)
+    _add_printouts(command)
+    command.set_defaults(run="show")
+    command = commands.add_parser("list", help="list the connections, one line each")
+    command.add_argument("--debug", action="store_true", help="raise errors")
+    command.set_defaults(run="list")
     command = commands.add_parser("bench", help="time a model and its conversion side by side")
     _add_conversion(command)
+    _add_measurement(command)
+    command.set_defaults(run="bench")
+    return parser
+
+
+def _add_printouts(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--plan", action="store_true", help="only say what would be converted")
+    command.add_argument("--verbose", action="store_true", help="the report with a line for every add")
+    command.add_argument("--graph", action="store_true", help="print the rewritten graph (of scope graph)")
+    command.add_argument("--diff", action="store_true", help="print a block before and after, side by side")
+    command.add_argument("--block", metavar="PATH", help="the module that is printed, blocks.0")
+    command.add_argument("--code", action="store_true", help="print the rewritten graph as Python code")
+    command.add_argument("--draw", metavar="FILE", help="draw the trunks into an .svg or .png")
+    command.add_argument("--html", metavar="FILE", help="write all of it as one page")
+
+
+def _add_measurement(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mode", choices=("train", "infer"), default="train")
     command.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32")
     command.add_argument("--device", help="where to run (default: CUDA where there is one, else the CPU)")
@@ -173,24 +124,30 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--regions", action="store_true", help="compile the converted model in regions")
     command.add_argument("--no-count", dest="count", action="store_false", help="leave out kernels and bytes of a GPU")
     command.add_argument(
-        "--bandwidth", type=float, default=H100_BANDWIDTH / 1e12, metavar="TB/S", help="of the GPU that is estimated"
+        "--bandwidth", type=float, default=BANDWIDTH, metavar="TB/S", help="of the GPU that is estimated"
     )
     command.add_argument("--json", action="store_true", help="print everything as JSON")
-    command.set_defaults(run=benchmark)
-    return parser
 
 
 def _add_conversion(command: argparse.ArgumentParser) -> None:
-    command.add_argument("spec", metavar="SPEC", help="torchvision:NAME, timm:NAME or package.module:callable")
+    command.add_argument("spec", metavar="SPEC", help="the model; see hc-transform --help")
     command.add_argument("--streams", type=int, metavar="N", help="number of streams (default 4, or 1 for frac)")
     command.add_argument("--fractions", type=int, metavar="M", help="fractions of each stream, for frac (default 4)")
+    command.add_argument("--connection", default="dynamic", metavar="NAME", help="see hc-transform list")
     command.add_argument("--readout", choices=READOUTS, default="mean")
-    command.add_argument("--connection", choices=tuple(CONNECTIONS), default="dynamic")
     command.add_argument("--init", choices=INITS, default="paper")
     command.add_argument("--shortcuts", choices=SHORTCUTS, default="break")
+    command.add_argument("--nested", choices=NESTED, default="largest")
     command.add_argument("--recompute", action="store_true", help="recompute reads and writes in the backward pass")
     command.add_argument("--scope", choices=SCOPES, default="auto")
-    command.add_argument("--input", type=_shape, metavar="SHAPE", help="shape of the example input, 1x3x224x224")
+    command.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="SHAPE",
+        help="an example input, 1x3x224x224, ids:2x16 (tokens) or name=bool:2x16; several are given one by one",
+    )
+    command.add_argument("--debug", action="store_true", help="raise errors")
 
 
 if __name__ == "__main__":

@@ -14,3 +14,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as many processes as there are cores
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    """Let reports have their sentences on one line each, so that tests find them."""
+    monkeypatch.setenv("COLUMNS", "1000")

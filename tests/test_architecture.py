@@ -13,9 +13,10 @@ import hc_transform
 
 ROOT = Path(hc_transform.__file__).parent
 WINGS = [
-    *("errors", "version", "threads", "streams", "connections", "options", "models", "graphs", "capture", "residuals"),
-    *("rewriting", "running", "verification", "request", "refusals", "convert_graph", "convert_blocks", "exported"),
-    *("sites", "inputs_record", "config", "convert", "layer", "training", "measuring", "__init__", "__main__"),
+    *("errors", "version", "threads", "text", "folding", "streams", "connections", "options", "models", "graphs"),
+    *("capture", "residuals", "rewriting", "running", "verification", "request", "refusals", "convert_graph"),
+    *("convert_blocks", "exported", "sites", "inputs_record", "config", "convert", "layer", "training", "measuring"),
+    *("showing", "__init__", "__main__"),
 ]
 
 

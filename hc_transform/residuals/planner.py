@@ -49,6 +49,9 @@ class Plan:
     def __str__(self) -> str:
         return str(self.report)
 
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
 
 @logged_pass
 def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:

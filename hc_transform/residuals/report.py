@@ -8,19 +8,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from tabulate import tabulate
-from torch import nn
+import torch
+from torch import fx, nn
 
 from ..connections import Connection, connection_name
 from ..errors import NothingToConvert
 from ..graphs.dialects import location_of
+from ..graphs.operations import shape_of
 from ..options import Options
+from .estimate import Estimate, estimate_of
+from .features import feature_axis
 from .findings import Reason, Residual, Skipped
+from .keys import CONNECTIONS_NAME
+from .records import Record, short
+from .report_html import html_of
+from .report_text import summary, text_of
 from .trunks import Trunk
+
+_NUMBERS = re.compile(r"(?<![^._])\d+(?![^._])")  # parts of a path, or at the end of a node's name
 
 
 class Planned(Protocol):
     """What is told of a plan."""
+
+    @property
+    def graph_module(self) -> fx.GraphModule:
+        """The graph that it was made for."""
 
     @property
     def trunks(self) -> Sequence[Trunk]:
@@ -40,46 +53,26 @@ class Planned(Protocol):
 
 
 @dataclass(frozen=True)
-class Record:
-    """One add.
-
-    Attributes:
-        name: module path of the residual (or of the module that adds).
-        module: path of the module whose code adds.
-        location: "file.py:123".
-        converted: whether it became a hyper-connection.
-        reason: None, or why it was not converted.
-        trunk: number of its trunk, None if it was not converted.
-        streams, connection, parameters: what it was converted into; parameters counts new ones, at the first of those
-            that share them.
-    """
-
-    name: str
-    module: str
-    location: str
-    converted: bool
-    reason: str | None = None
-    trunk: int | None = None
-    streams: int | None = None
-    connection: str | None = None
-    parameters: int | None = None
-
-
-@dataclass(frozen=True)
 class Report:
-    """All adds of a model. ``str()`` is a table.
+    """All adds of a model. ``str()`` is text of the terminal's width, in which equal blocks share a line.
 
     Attributes:
         residuals: a record for every add that was looked at.
         max_error: largest relative error of the outputs found by verification, None if it was not run.
         notes: what else a reader should know.
         other_parameters: new parameters of readouts and stream embeddings.
+        base_parameters: how many the model had, None if that is not known.
+        estimate: what a training step takes more, None if that is not known.
+        is_plan: whether it tells what would be done.
     """
 
     residuals: tuple[Record, ...]
     max_error: float | None = None
     notes: tuple[str, ...] = ()
     other_parameters: int = 0
+    base_parameters: int | None = None
+    estimate: Estimate | None = None
+    is_plan: bool = False
 
     @property
     def converted(self) -> tuple[Record, ...]:
@@ -96,32 +89,29 @@ class Report:
         """The number of new parameters."""
         return sum(r.parameters or 0 for r in self.converted) + self.other_parameters
 
+    @property
+    def summary(self) -> str:
+        """What was done, or will be, in a sentence or two."""
+        return summary(self)
+
     def to_dict(self) -> dict[str, Any]:
         """Return the report as plain data, ready for JSON."""
         return {**asdict(self), "parameters": self.parameters}
 
+    def text(self, width: int | None = None, verbose: bool = False) -> str:
+        """Return the report in lines of at most ``width`` columns, by default those of the terminal.
+
+        Args:
+            width: in columns.
+            verbose: a line for every add; by default equal blocks share one, and adds of one module.
+        """
+        return text_of(self, width, verbose)
+
     def __str__(self) -> str:
-        rows = [(r.name, _short(r.location), r.trunk, r.streams, r.connection, r.parameters) for r in self.converted]
-        parts = []
-        if rows:
-            headers = ("residual", "location", "trunk", "streams", "connection", "parameters")
-            parts.append(tabulate(rows, headers=headers))
-        if self.skipped:
-            parts.append(tabulate(_merged(self.skipped), headers=("not converted", "location", "adds", "reason")))
-        trunks = len({r.trunk for r in self.converted})
-        parts.append(
-            f"{len(self.converted)} residuals on {trunks} trunks converted, {len(self.skipped)} adds left as they "
-            f"were, {self.parameters:,} new parameters"
-            + (f", {self.other_parameters:,} of them in readouts and embeddings." if self.other_parameters else ".")
-        )
-        single = [r for r in self.converted if [other.trunk for other in self.converted].count(r.trunk) == 1]
-        if single:
-            parts.append(
-                f"{len(single)} trunks hold one residual alone ({', '.join(r.name for r in single[:3])}"
-                f"{', ...' if len(single) > 3 else ''}) and gain little; min_residuals=2 leaves them as they were."
-            )
-        parts += self.notes
-        return "\n\n".join(parts)
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        return html_of(self)
 
 
 def report_of(
@@ -131,20 +121,67 @@ def report_of(
     notes: tuple[str, ...] = (),
     other_parameters: int = 0,
 ) -> Report:
-    """Return the report of a plan, with the connections that were made for it."""
+    """Return the report of a plan, with the connections that were made for it; without them, of what it would do."""
     records = []
     trunk_of = {r.add: trunk.index for trunk in plan.trunks for r in trunk.residuals}
     streams, connection = plan.options.num_streams, connection_name(plan.options.connection)
-    counted: set[int] = set()
+    modules = dict(plan.graph_module.named_modules(remove_duplicate=False))
+    features = [_features(r, plan, modules) for r in plan.residuals]
+    counts = _planned_counts(plan, features) if connections is None else _counts(plan, connections)
     for r in plan.residuals:
-        own = () if connections is None else [p for p in connections[r.name].parameters() if id(p) not in counted]
-        counted.update(map(id, own))
-        count = None if connections is None else sum(p.numel() for p in own)
         trunk = trunk_of[r.add]
-        records.append(Record(r.name, r.module, r.location, True, None, trunk, streams, connection, count))
+        records.append(Record(r.name, r.module, r.location, True, None, trunk, streams, connection, counts[r.name]))
     for s in plan.skipped:
         records.append(Record(s.name, s.module, s.location, False, str(s)))
-    return Report(tuple(records), max_error, (*_boundaries(plan), *notes), other_parameters)
+    own = {id(p): p.numel() for n, p in plan.graph_module.named_parameters() if CONNECTIONS_NAME not in n.split(".")}
+    estimate = estimate_of(plan.residuals, [axis for axis, _ in features], plan.options)
+    return Report(
+        tuple(records),
+        max_error,
+        (*_boundaries(plan), *notes),
+        other_parameters,
+        sum(own.values()) or None,
+        estimate,
+        connections is None,
+    )
+
+
+def _features(residual: Residual, plan: Planned, modules: Mapping[str, nn.Module]) -> tuple[int, int | None]:
+    shape, axis = shape_of(residual.skip), plan.options.feature_axis
+    return feature_axis(residual, modules) if axis is None else (axis, None if shape is None else shape[axis])
+
+
+def _counts(plan: Planned, connections: Mapping[str, Connection]) -> dict[str, int | None]:
+    """Return how many parameters the connection of each residual has, at the first of those that share it."""
+    counted: set[int] = set()
+    counts: dict[str, int | None] = {}
+    for r in plan.residuals:
+        own = [p for p in connections[r.name].parameters() if id(p) not in counted]
+        counted.update(map(id, own))
+        counts[r.name] = sum(p.numel() for p in own)
+    return counts
+
+
+def _planned_counts(plan: Planned, features: Sequence[tuple[int, int | None]]) -> dict[str, int | None]:
+    """Return how many parameters the connection of each residual would have; None where that is not known."""
+    counts: dict[str, int | None] = {}
+    made: set[str] = set()
+    known: dict[tuple[int, int | None], int | None] = {}
+    for r, (axis, dim) in zip(plan.residuals, features, strict=True):
+        if (axis, dim) not in known:
+            known[axis, dim] = _planned_count(plan, axis, dim)
+        counts[r.name] = 0 if r.key in made else known[axis, dim]
+        made.add(r.key)
+    return counts
+
+
+def _planned_count(plan: Planned, axis: int, dim: int | None) -> int | None:
+    try:
+        with torch.device("meta"):
+            connection = plan.options.make_connection(index=0, dim=dim, feature_axis=axis)
+    except (ValueError, RuntimeError, NotImplementedError):  # as a connection of one's own may raise without values
+        return None
+    return sum(p.numel() for p in connection.parameters())
 
 
 def _boundaries(plan: Planned) -> list[str]:
@@ -154,29 +191,12 @@ def _boundaries(plan: Planned) -> list[str]:
         if trunk.boundary is not None:
             location = location_of(trunk.boundary)
             what = trunk.boundary.name if trunk.boundary.op != "call_module" else str(trunk.boundary.target)
-            trunks.setdefault(f"{re.sub(r'[0-9]+', '*', what)} ({_short(location)})", []).append(trunk.index)
+            trunks.setdefault(f"{_NUMBERS.sub('*', what)} ({short(location)})", []).append(trunk.index)
     return [
         f"Streams do not pass {where}: they are read out before it and begin anew on trunk"
         f"{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:8]))}{', ...' if len(numbers) > 8 else ''}."
         for where, numbers in trunks.items()
     ]
-
-
-def _merged(records: tuple[Record, ...]) -> list[tuple[str, str, int, str]]:
-    """Merge records of one line and reason that differ in numbers of their path alone."""
-    groups: dict[tuple[str, str, str], list[Record]] = {}
-    for r in records:
-        reason = re.sub(r"\d+", "*", str(r.reason)) if "constant" in str(r.reason) else str(r.reason)
-        groups.setdefault((re.sub(r"\d+", "*", r.name), r.location, reason), []).append(r)
-    rows = []
-    for (pattern, location, _), group in groups.items():
-        same = len({r.name for r in group}) == 1
-        rows.append((group[0].name if same else pattern, _short(location), len(group), str(group[0].reason)))
-    return rows
-
-
-def _short(location: str) -> str:
-    return location.rsplit("/", 1)[-1]
 
 
 def has_nothing(plan: Planned) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import html
 import logging
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from ..residuals.planner import with_keys_of
 from ..residuals.report import Report
 from ..rewriting.rewrite import rewritten_graph
 from ..threads import one_at_a_time
+from .module_text import modules_of
 from .regions import in_regions
 from .retrace import Retraced, foreign_tracer
 from .variants import Variant, adopt_constants, run_compiled, run_first
@@ -104,6 +106,19 @@ class HyperConnectedModule(fx.GraphModule):
             setattr(original, name, value)  # where traced code reads it
         else:
             super().__setattr__(name, value)
+
+    def __repr__(self) -> str:
+        return modules_of(self)
+
+    def __str__(self) -> str:
+        report = self.__dict__.get("hc_report")
+        return repr(self) if report is None else f"{self!r}\n\n{report.summary}"
+
+    def _repr_html_(self) -> str:
+        report = self.__dict__.get("hc_report")
+        modules = f"<pre>{html.escape(repr(self))}</pre>"
+        told = "" if report is None else report._repr_html_()
+        return f"<p><b>{type(self).__name__}</b></p>{told}<details><summary>modules</summary>{modules}</details>"
 
     def recompile(self) -> Any:
         """Compile the graph's code; ``forward`` runs it and minds its decisions."""
