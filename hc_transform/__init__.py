@@ -101,8 +101,8 @@ _NAMES_BY_HOME = {
     "connections.trunk_ends": "LearnedReadout StreamEmbedding",
     "convert": "convert plan",
     "errors": (
-        "CheckpointError DecisionChanged HCTransformError NotConverted NotEquivalent NothingToConvert PatternError TraceError "
-        "UnknownDialect UnsupportedModel"
+        "CheckpointError DecisionChanged HCTransformError NotConverted NotEquivalent NothingToConvert PatternError "
+        "TraceError UnknownDialect UnsupportedModel"
     ),
     "layer.layer": "HyperConnections PlainResidual get_init_and_expand_reduce_stream_functions",
     "layer.packed_streams": "StreamEmbed get_expand_reduce_stream_functions",
