@@ -12,7 +12,8 @@ from torch import fx, nn
 from .connections import Connection
 from .errors import NotConverted
 from .residuals.keys import keys_of, relative
-from .residuals.report import Record, Report
+from .residuals.records import Record
+from .residuals.report import Report
 from .running.block_runner import RUNNER, BlockRunner
 from .running.graph_model import HyperConnectedModule
 
