@@ -3,12 +3,12 @@
 The way of the data, from :func:`convert` (convert.py) on::
 
     model, example inputs
-      | capture/       trace: a graph of the model's code; record: the tape of one real run; guards on what they found
-      | residuals/     find_residuals: a verdict on every add (Findings); make_plan: trunks, and a key for each
-      |                residual (Plan); placement: which modules run graphs, the root or blocks (BlocksPlan)
+      | residuals/     observe: its one real run, recorded (capture/tape), and a verdict on every add (Observation);
+      |                choose: trunks, and a key for each residual (Plan); placement: which modules run graphs
+      | capture/       trace: a graph of the code of the root or of a block, and guards on what it found
       | rewriting/     rewritten_graph: streams in place of trunk values; the new modules that it calls
       | running/       Variant: a graph that fits a kind of call, traced again for others; graph model and blocks
-      | verification/  the outputs beside the original's, and the streams off their start beside a reference
+      | verification/  the outputs beside the original's, and the streams off their start beside the recorded run
       v
     converted model, Report
 
