@@ -499,3 +499,46 @@ def test_backward_hooks_are_refused_where_streams_go_on(name):
     with pytest.raises(hct.UnsupportedModel, match="gradients of n streams"):
         getattr(hc.layers[0], name)(lambda *a: None)
     getattr(hc.layers[2], name)(lambda *a: None)
+
+
+class OfADict(nn.Module):
+    """A block that takes a dict and reads an entry of it twice."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.f, self.how = nn.Linear(8, 8), how
+
+    def forward(self, d):
+        return self.how(d, self.f)
+
+
+HOW = {
+    "entry": lambda d, f: {"x": d["x"] + f(d["x"]), "n": d["n"]},
+    "update": lambda d, f: dict(d, x=d["x"] + f(d["x"])),
+    "unpacked": lambda d, f: {**d, "x": d["x"] + f(d["x"])},
+    "get": lambda d, f: {**d, "x": d.get("x") + f(d.get("x"))},
+}
+
+
+class OfDicts(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.blocks = nn.ModuleList(OfADict(how) for _ in range(3))
+
+    def forward(self, x):
+        d = {"x": x, "n": 0}
+        for block in self.blocks:
+            d = block(d)
+        return d["x"]
+
+
+@pytest.mark.parametrize("how", HOW.values(), ids=HOW)
+def test_an_entry_of_a_dict_is_read_twice(how):
+    torch.manual_seed(0)
+    model, x = OfDicts(how), torch.randn(2, 8)
+    graph, blocks = (hct.convert(model, (x,), scope=scope) for scope in ("graph", "blocks"))
+    assert len(graph.hc_report.converted) == len(blocks.hc_report.converted) == 3
+    assert len({r.trunk for r in blocks.hc_report.converted}) == 1
+    moved(graph, 0.1)
+    blocks.load_state_dict(graph.state_dict())
+    torch.testing.assert_close(graph(x), blocks(x))

@@ -197,22 +197,15 @@ class ValueTracer(fx.Tracer):
             return self._create_proxy(kind, target, args, kwargs, name, type_expr)
 
     def _create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, name: Any, type_expr: Any) -> Any:
-        if self.evaluating:
-            reason = "code that stays whole closes over values that are traced, as functions of attention masks do"
-            raise CannotInline(self._paths[-1], reason)
-        if not self.probing and _context_state() != self._context:
-            raise CannotInline(
-                self._paths[-1], "it changes the grad mode or autocast state, which a graph does not hold"
-            )
-        about_shape = (kind == "call_method" and target in SHAPE_METHODS) or (
-            kind == "call_function"
-            and (target is getattr and args[1] in SHAPE_ATTRIBUTES or is_arithmetic_on_sizes(target, args))
-        )
+        self._refuse_outside()
         node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
-        key = (kind, target, node_args, tuple(node_kwargs.items())) if about_shape else None
-        if key is not None and _hashable(key) and key in self._known:
-            return self._known[key]
+        key = _read_twice(kind, target, args, node_args, node_kwargs)
+        known, is_entry = self._known.get(key), key is not None and key[0] == "entry"
+        if known is not None and not is_entry:
+            return known
         value, changed = self._value(kind, target, args, kwargs)
+        if known is not None and known.hc_value is value:
+            return known
         node = self.create_node(kind, target, node_args, node_kwargs, name, type_expr)
         if value is None:
             if target in (operator.getitem, getattr):
@@ -227,12 +220,22 @@ class ValueTracer(fx.Tracer):
                 f"{node_args[0]}[{node_args[1]!r}]" if target is operator.getitem else f"{node_args[0]}.{node_args[1]}"
             )
             self.graph.call_function(guards.check_tensor_input, (node, name))
-        if key is not None and _hashable(key):
+        if key is not None and (not is_entry or isinstance(value, torch.Tensor)):
             self._known[key] = proxy
         for tensor in changed:
             self._note_write(tensor, node)
             self._rebind(tensor, node, returned=value is tensor)
         return proxy
+
+    def _refuse_outside(self) -> None:
+        """Raise CannotInline where what is done is not done by the graph, or in another mode."""
+        if self.evaluating:
+            reason = "code that stays whole closes over values that are traced, as functions of attention masks do"
+            raise CannotInline(self._paths[-1], reason)
+        if not self.probing and _context_state() != self._context:
+            raise CannotInline(
+                self._paths[-1], "it changes the grad mode or autocast state, which a graph does not hold"
+            )
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
@@ -701,12 +704,27 @@ def _context_state() -> tuple[Any, ...]:
     )
 
 
-def _hashable(key: Any) -> bool:
+def _read_twice(kind: str, target: Any, args: Any, node_args: Any, node_kwargs: Any) -> Any:
+    """Return what an operation is known by that gives the same when it is done again, None for any other.
+
+    It is of shapes alone, or reads an entry of a container or an attribute of an object, for as long as that is there.
+    """
+    about_shape = (kind == "call_method" and target in SHAPE_METHODS) or (
+        kind == "call_function"
+        and (target is getattr and args[1] in SHAPE_ATTRIBUTES or is_arithmetic_on_sizes(target, args))
+    )
+    key: tuple[Any, ...] = (kind, target, node_args, tuple(node_kwargs.items()))
+    if not about_shape:
+        if kind != "call_function" or target not in (operator.getitem, getattr) or not isinstance(args[0], ValueProxy):
+            return None
+        if isinstance(args[0].hc_value, torch.Tensor) or not isinstance(args[1], (str, int)):
+            return None
+        key = "entry", *node_args[:2]
     try:
         hash(key)
     except TypeError:
-        return False
-    return True
+        return None
+    return key
 
 
 def _attribute(root: nn.Module, target: str) -> Any:
