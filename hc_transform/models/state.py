@@ -129,7 +129,10 @@ def _saved(model: nn.Module, within: Iterable[str] | None = None) -> tuple[Undo,
             contents.save(buffer)
         undo.append(_registries_put_back(module.__dict__))
         if isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
-            continue  # whose attributes are its own code
+            for value in module.__dict__.values():  # beside those that are its own code
+                if isinstance(value, (nn.Module, torch.Tensor)) or is_generator(value):
+                    contents.save(value)
+            continue
         own = {name: value for name, value in module.__dict__.items() if is_state(name)}
         undo.append(_attributes_put_back(module.__dict__, own))
         for value in own.values():
