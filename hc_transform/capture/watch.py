@@ -14,14 +14,14 @@ import gc
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from ..graphs.source_lines import INTERNAL_FILES
-from ..models.state import CONTAINERS, Contents, is_generator, is_state, state_of
+from ..models.state import CONTAINERS, Contents, is_array, is_generator, is_state, slots_of, state_of
 from .python_state import FUNCTIONS, LONGEST, Absent, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
 
 Key = tuple[str, str]  # (path of a module, name of an attribute)
@@ -158,15 +158,10 @@ class Watch:
 
 def _fields_of(value: Any) -> dict[str, Any] | None:
     """Return the attributes of an object, those in slots too; None if it has none."""
-    fields = getattr(value, "__dict__", None)
-    slots = [n for cls in type(value).__mro__ for n in _names_in(vars(cls).get("__slots__", ())) if hasattr(value, n)]
+    fields, slots = getattr(value, "__dict__", None), slots_of(value)
     if not isinstance(fields, dict) and not slots:
         return None
-    return {**(fields if isinstance(fields, dict) else {}), **{name: getattr(value, name) for name in slots}}
-
-
-def _names_in(slots: Any) -> Iterable[str]:
-    return (slots,) if isinstance(slots, str) else slots
+    return {**(fields if isinstance(fields, dict) else {}), **slots}
 
 
 def _held_by(value: Any) -> Iterator[tuple[tuple[Step, ...], Any]]:
@@ -344,12 +339,13 @@ class _Shared:
 
 def is_mutable(value: Any) -> bool:
     """Whether a value is a container or an object of the user's that code may change."""
-    if isinstance(value, CONTAINERS) or is_generator(value):
+    if isinstance(value, CONTAINERS) or is_generator(value) or is_array(value):
         return True
     if isinstance(value, (*FUNCTIONS, types.ModuleType, types.MethodType, nn.Module, torch.Tensor)):
         return False
     home = type(value).__module__
-    return type(getattr(value, "__dict__", None)) is dict and (home in ("types", "argparse") or not _is_library(home))
+    own = home in ("types", "argparse") or not _is_library(home)
+    return own and (type(getattr(value, "__dict__", None)) is dict or bool(slots_of(value)))
 
 
 def _is_data(name: str, value: Any) -> bool:
@@ -375,7 +371,8 @@ def _fingerprint(value: Any, depth: int) -> Any:
     if isinstance(value, (torch.Tensor, nn.Module, fx.Proxy)) or depth > DEEPEST:
         return type(value).__name__ if not isinstance(value, fx.Proxy) else "proxy"
     if is_generator(value):
-        return str(state_of(value))
+        state = state_of(value)
+        return state.tolist() if isinstance(state, torch.Tensor) else str(state)
     if isinstance(value, dict):
         return (
             "dict",
@@ -385,8 +382,10 @@ def _fingerprint(value: Any, depth: int) -> Any:
     if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         entries = [_fingerprint(v, depth + 1) for v in list(value)[:1000]]
         return type(value).__name__, len(value), tuple(sorted(map(str, entries)) if isinstance(value, set) else entries)
-    fields = getattr(value, "__dict__", None)
-    if type(fields) is dict and not isinstance(value, (*FUNCTIONS, types.MethodType, types.ModuleType)):
+    if is_array(value) and not value.dtype.hasobject:
+        return value.shape, str(value.dtype), value.tobytes()
+    fields = None if isinstance(value, (*FUNCTIONS, types.MethodType, types.ModuleType)) else _fields_of(value)
+    if fields is not None and not _is_torch(type(value).__module__):
         return type(value).__name__, tuple((k, _fingerprint(v, depth + 1)) for k, v in list(fields.items())[:1000])
     return type(value).__name__
 

@@ -214,6 +214,21 @@ def _is_numpy_generator(value: Any) -> bool:
     return type(value).__module__.startswith("numpy.random") and type(value).__name__ in ("Generator", "RandomState")
 
 
+def is_array(value: Any) -> bool:
+    """Whether ``value`` is an array of numpy, which need not be there."""
+    return type(value).__module__.startswith("numpy") and type(value).__name__ == "ndarray"
+
+
+def slots_of(value: Any) -> dict[str, Any]:
+    """Return what an object holds in slots, which its dictionary does not show."""
+    names = (n for cls in type(value).__mro__ for n in _names_in(vars(cls).get("__slots__", ())))
+    return {n: getattr(value, n) for n in names if hasattr(value, n) and n not in ("__dict__", "__weakref__")}
+
+
+def _names_in(slots: Any) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
+
+
 def is_state(name: str) -> bool:
     """Whether an attribute of a module is the user's own, and not that of torch, of a trace or of a conversion."""
     return name not in REGISTRIES and not name.startswith(("_hc_", "_tensor_constant"))
@@ -311,16 +326,33 @@ class Contents:
             saved: Any = dict(dict.items(value)) if isinstance(value, dict) else value.copy()
             self.undo.append(lambda: refill(value, saved))
             return [*saved.values()] if isinstance(saved, dict) else [] if isinstance(saved, bytearray) else [*saved]
-        if type(value).__module__.startswith("numpy") and type(value).__name__ == "ndarray":
+        if is_array(value):
             array = value.copy()
             self.undo.append(lambda: value.__setitem__(Ellipsis, array))
             return []
-        attributes = getattr(value, "__dict__", None)
-        if type(attributes) is not dict or type(value).__module__.partition(".")[0] == "torch":
+        return self._save_attributes(value)
+
+    def _save_attributes(self, value: Any) -> list[Any]:
+        """Save the attributes of an object; return them."""
+        if type(value).__module__.partition(".")[0] == "torch":
             return []
+        attributes, slots = getattr(value, "__dict__", None), slots_of(value)
+        if slots or hasattr(type(value), "__slots__"):
+            self.undo.append(lambda: _refill_slots(value, slots))
+        if type(attributes) is not dict:
+            return [*slots.values()]
         kept = dict(attributes)
         self.undo.append(lambda: refill(attributes, kept))
-        return [*kept.values()]
+        return [*kept.values(), *slots.values()]
+
+
+def _refill_slots(value: Any, saved: dict[str, Any]) -> None:
+    """Make the slots of an object hold what they held."""
+    now = slots_of(value)
+    for name in now.keys() - saved.keys():
+        object.__delattr__(value, name)
+    for name in (n for n, held in saved.items() if n not in now or now[n] is not held):
+        object.__setattr__(value, name, saved[name])
 
 
 def _tensor_put_back(tensor: torch.Tensor) -> Undo:

@@ -1,0 +1,149 @@
+"""State that code keeps where modules do not see it: in arrays, slots, generators. It counts, and stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import random
+import types
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from checks import error
+from torch import Tensor, nn
+
+import hc_transform as hct
+
+D = 8
+SCOPES = ["graph", "blocks"]
+
+
+class Plain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x)
+
+
+class Slots:
+    __slots__ = ("n",)
+
+    def __init__(self) -> None:
+        self.n = 0
+
+    def __call__(self) -> int:
+        self.n += 1
+        return self.n
+
+
+class Keeps(Plain):
+    """A residual scaled by what ``scale`` makes of the block, which changes on every call."""
+
+    def __init__(self, scale: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.scale = scale
+        self.array, self.slots = np.ones(3), Slots()
+        self.python, self.numpy, self.old = random.Random(0), np.random.default_rng(0), np.random.RandomState(0)
+        self.torch = torch.Generator().manual_seed(0)
+        self.listed, self.space = [random.Random(1), torch.Generator()], types.SimpleNamespace(rng=random.Random(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * self.scale(self)
+
+
+def checked(model: nn.Module, scope: str, converted: int, clear: Callable[[], None] = lambda: None) -> nn.Module:
+    """Convert a model, which is to stay as it was, and compare three calls of both; ``clear`` begins anew."""
+    clear()
+    reference, x = copy.deepcopy(model), torch.randn(2, D)
+    expected = [reference(x) for _ in range(3)]
+    assert error(expected[1], expected[0]) > 1e-3, "the state does something"
+    clear()
+    hc = hct.convert(model, (x,), scope=scope)
+    assert len(hc.hc_report.converted) == converted
+    outputs = [model(x)]  # as conversion leaves it
+    clear()
+    for found, other in zip([*outputs, *(hc(x) for _ in range(3))], [expected[0], *expected], strict=True):
+        assert error(found, other) < 1e-5
+    return hc
+
+
+def in_place(block: Any) -> float:
+    block.array += 1
+    return float(block.array[0])
+
+
+def entry(block: Any) -> float:
+    block.array[0] += 1
+    return float(block.array[0])
+
+
+def rebound(block: Any) -> float:
+    block.array = block.array + 1
+    return float(block.array[0])
+
+
+def written_late(block: Any) -> float:
+    scale = float(block.array[0])
+    block.array[0] += 1
+    return scale
+
+
+def slots(block: Any) -> float:
+    return block.slots()
+
+
+def past_the_module(block: Any) -> float:
+    block.__dict__["count"] = block.__dict__.get("count", 0) + 1
+    return block.count
+
+
+def listed(block: Any) -> float:
+    return block.listed[0].random()
+
+
+def listed_of_torch(block: Any) -> Tensor:
+    return torch.rand(1, generator=block.listed[1])
+
+
+def in_an_object(block: Any) -> float:
+    return block.space.rng.random()
+
+
+HIDDEN = [in_place, entry, rebound, written_late, slots, past_the_module, listed, listed_of_torch, in_an_object]
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scale", HIDDEN)
+def test_code_that_keeps_a_hidden_state_stays_python(scale: Callable[[Any], Any], scope: str) -> None:
+    torch.manual_seed(0)
+    hc = checked(nn.Sequential(Plain(), Keeps(scale), Plain()), scope, 2)
+    assert "which a graph would not" in str(hc.hc_report)
+
+
+def python(block: Any) -> float:
+    return block.python.gauss(0, 1)
+
+
+def numpy(block: Any) -> float:
+    return block.numpy.random()
+
+
+def old_numpy(block: Any) -> float:
+    return block.old.rand()
+
+
+def of_torch(block: Any) -> Tensor:
+    return torch.rand(1, generator=block.torch)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scale", [python, numpy, old_numpy, of_torch])
+def test_conversion_draws_from_no_generator_for_good(scale: Callable[[Any], Any], scope: str) -> None:
+    torch.manual_seed(0)
+    checked(nn.Sequential(Plain(), Keeps(scale), Keeps(scale)), scope, 3)
+    torch.manual_seed(0)
+    checked(Keeps(scale), scope, 1)
