@@ -14,7 +14,7 @@ import gc
 import inspect
 import sys
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,13 +22,13 @@ from torch import fx, nn
 
 from ..graphs.source_lines import INTERNAL_FILES
 from ..models.state import CONTAINERS, Contents, is_array, is_generator, is_state, slots_of, state_of
+from .code_guards import Code, code_of, is_library
 from .python_state import FUNCTIONS, LONGEST, Absent, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
 
 Key = tuple[str, str]  # (path of a module, name of an attribute)
 DEEPEST = 3  # objects within objects that are compared
 DEEPEST_READ = 6  # and whose fields traced code may read
 LARGEST = 1000  # entries of a dictionary that are looked at
-LIBRARIES = frozenset({"torch", "numpy", "einops", "builtins", "hc_transform", *sys.stdlib_module_names})
 
 
 class Watch:
@@ -72,22 +72,33 @@ class Watch:
 
     def guards(self) -> tuple[Read, ...]:
         """Return a guard for everything that was read."""
-        found: dict[tuple[str, tuple[Step, ...]], Read] = {}
+        found: dict[tuple[Any, ...], Read] = {}
         for (path, name), value in self.reads.items():
             for read in self._guards_of(path, (("attribute", name),), value, 0):
-                found.setdefault((read.home, read.steps), read)
+                found.setdefault(_place_of(read), read)
         for shared in self.shared.seen.values():
-            space, name, before = shared.owner, shared.name, shared.value
+            space: Any = shared.owner
             if isinstance(space, type) or shared.where is None:
                 continue  # read from an instance
             home = str(space.get("__name__", ""))
-            if getattr(sys.modules.get(home), "__dict__", None) is not space or _is_library(home):
+            if getattr(sys.modules.get(home), "__dict__", None) is not space or is_library(home):
                 continue
-            if isinstance(before, FUNCTIONS) and not inspect.isclass(before):
-                continue
-            for read in self._guards_of(f"module:{home}", (("attribute", name),), before, 0):
-                found.setdefault((read.home, read.steps), read)
+            name, value = shared.name, shared.value
+            if isinstance(value, FUNCTIONS) and not inspect.isclass(value):
+                value = shared.now()  # for which something else may have stood while code was traced
+            for read in self._guards_of(f"module:{home}", (("attribute", name),), value, 0):
+                found.setdefault(_place_of(read), read)
+        for read in self.shared.functions_of_modules():
+            found.setdefault(_place_of(read), read)
         return tuple(found.values())
+
+    def methods(self, inlined: Iterable[str], model: nn.Module) -> Iterator[Read]:
+        """Yield a guard on the methods of each module of ``model`` whose code was traced."""
+        for path in inlined:
+            with contextlib.suppress(AttributeError):  # within what a graph made
+                code = code_of(model.get_submodule(path), self.names)
+                if code is not None:
+                    yield Read(path, (), code)
 
     def _guards_of(self, home: str, steps: tuple[Step, ...], value: Any, depth: int) -> Iterator[Read]:  # noqa: C901  # one guard for each kind of value
         if value is Absent:
@@ -99,11 +110,14 @@ class Watch:
         if isinstance(value, (torch.Tensor, fx.Proxy)) or is_generator(value):
             return
         if isinstance(value, types.ModuleType):
-            if depth == 0 and not _is_library(value.__name__):
+            if depth == 0 and not is_library(value.__name__):
                 yield from self._named_in(home, steps, vars(value), "attribute", depth)
             return
         if inspect.isclass(value):
-            if not _is_library(value.__module__) and not issubclass(value, (nn.Module, BaseException)):
+            if not is_library(value.__module__) and not issubclass(value, (nn.Module, BaseException)):
+                code = code_of(value, self.names)
+                if code is not None:
+                    yield Read(home, steps, code)
                 yield from self._named_in(home, steps, vars(value), "attribute", depth)
             return
         expected = frozen(value)
@@ -114,7 +128,9 @@ class Watch:
             yield Read(home, steps, expected)
             if depth < DEEPEST_READ and len(value) <= LARGEST:
                 for key, entry in dict.items(value):
-                    if isinstance(key, (str, int)) and (is_plain(entry) or not isinstance(entry, FUNCTIONS)):
+                    if isinstance(key, (str, int)) and isinstance(entry, FUNCTIONS) and type(value) is dict:
+                        yield Read(home, (*steps, ("entry", key)), entry)
+                    elif isinstance(key, (str, int)) and (is_plain(entry) or not isinstance(entry, FUNCTIONS)):
                         yield from self._guards_of(home, (*steps, ("entry", key)), entry, depth + 1)
             return
         if isinstance(value, (list, tuple)) and expected == Frozen(type(value), len(value)) and len(value) <= LONGEST:
@@ -133,7 +149,10 @@ class Watch:
         if fields is not None and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
             yield from self._named_in(home, steps, fields, "attribute", depth)
             cls: Any = type(value)
-            own = not _is_library(cls.__module__) or cls is types.SimpleNamespace
+            own = not is_library(cls.__module__) or cls is types.SimpleNamespace
+            code = code_of(value, self.names) if own else None
+            if code is not None:
+                yield Read(home, steps, code)
             if own and not hasattr(cls, "__getattr__") and depth < DEEPEST_READ:
                 for name in sorted(n for n in self.shared.asked if n not in fields and not hasattr(cls, n)):
                     yield Read(home, (*steps, ("attribute", name)), Absent)
@@ -154,6 +173,12 @@ class Watch:
             for name in sorted(self.names.intersection(fields)):
                 if not name.startswith("__") and not isinstance(fields[name], FUNCTIONS):
                     yield from self._guards_of(home, (*steps, (how, name)), fields[name], depth + 1)
+                elif type(fields) is dict and isinstance(fields[name], FUNCTIONS):  # of an object, not of a class
+                    yield Read(home, (*steps, (how, name)), fields[name])
+
+
+def _place_of(read: Read) -> tuple[Any, ...]:
+    return read.home, read.steps, type(read.expected) is Code
 
 
 def _fields_of(value: Any) -> dict[str, Any] | None:
@@ -197,11 +222,12 @@ class SharedState:
         self.seen: dict[tuple[int, str], _Shared] = {}
         self._codes: dict[int, types.CodeType] = {}  # that ran, by their ids
         self._counted: set[int] = set()  # ids of those that count
+        self._chains: dict[tuple[int, tuple[str, ...]], Mapping[str, Any]] = {}  # functions of modules, as F.gelu
         self._packages: set[str] = set()  # that the model's own classes are of
         for path, module in root.named_modules():
             for cls in type(module).__mro__:
                 self._packages.add(cls.__module__.partition(".")[0])
-                if not _is_library(cls.__module__) and (id(cls), "") not in self.seen:
+                if not is_library(cls.__module__) and (id(cls), "") not in self.seen:
                     self.seen[id(cls), ""] = _Shared(cls, "__dict__", f"a class attribute of {cls.__name__}", path)
                     for name in [n for n, value in vars(cls).items() if _is_data(n, value)]:
                         self.seen[id(cls), name] = _Shared(cls, name, f"{cls.__name__}.{name}", path)
@@ -236,6 +262,7 @@ class SharedState:
             asked = [c for c in code.co_consts if type(c) is str and c.isidentifier()] if asks else []
             self.asked.update(asked)  # getattr(x, "name", default)
             self.names.update(code.co_names, asked)
+            self._chains.update(((id(space), chain), space) for chain in _chains_of(code))
         for name in _globals_of(code):
             if name in space and not name.startswith("__"):
                 shared = self.seen.get((id(space), name))
@@ -248,7 +275,20 @@ class SharedState:
         """Whether code is of an installed package that the model is not of: its caches are its own affair."""
         name = str(space.get("__name__"))
         installed = "site-packages" in code.co_filename and name.partition(".")[0] not in self._packages
-        return installed or _is_library(name)
+        return installed or is_library(name)
+
+    def functions_of_modules(self) -> Iterator[Read]:
+        """Yield a guard on each function that code found in a module, as ``F.gelu``."""
+        for (_, (first, *names)), space in self._chains.items():
+            owner = space.get(first)
+            for name in names:
+                if not isinstance(owner, types.ModuleType) or sys.modules.get(owner.__name__) is not owner:
+                    break
+                value = vars(owner).get(name)
+                if callable(value):
+                    expected = value if isinstance(value, FUNCTIONS) else Same
+                    yield Read(f"module:{owner.__name__}", (("attribute", name),), expected)
+                owner = value
 
     def put_back(self) -> list[tuple[str, str]]:
         """Put back what code changed; return which module's code that counts did, and that as a reason."""
@@ -300,7 +340,7 @@ class _Shared:
 
     def __init__(self, owner: Any, name: str, title: str, where: str | None) -> None:
         self.owner, self.name, self.title, self.where = owner, name, title, where
-        self.value = None if name == "__dict__" else self._now()
+        self.value = None if name == "__dict__" else self.now()
         self.names = set(vars(owner)) if name == "__dict__" else set()
         self.contents = Contents()
         self.fingerprint: Any = None
@@ -309,14 +349,15 @@ class _Shared:
                 self.contents.save(self.value)
                 self.fingerprint = _fingerprint(self.value, 0)
 
-    def _now(self) -> Any:
+    def now(self) -> Any:
+        """Return what stands there."""
         return self.owner.get(self.name) if isinstance(self.owner, dict) else vars(self.owner).get(self.name)
 
     def changed(self) -> bool:
         """Whether it is another value now, or holds something else."""
         if self.name == "__dict__":
             return bool({n for n, v in vars(self.owner).items() if _is_data(n, v)} - self.names)
-        now = self._now()
+        now = self.now()
         if now is not self.value:
             return is_plain(now) or is_plain(self.value) or is_mutable(now) or is_mutable(self.value)
         return self.fingerprint is not None and _fingerprint(now, 0) != self.fingerprint
@@ -344,7 +385,7 @@ def is_mutable(value: Any) -> bool:
     if isinstance(value, (*FUNCTIONS, types.ModuleType, types.MethodType, nn.Module, torch.Tensor)):
         return False
     home = type(value).__module__
-    own = home in ("types", "argparse") or not _is_library(home)
+    own = home in ("types", "argparse") or not is_library(home)
     return own and (type(getattr(value, "__dict__", None)) is dict or bool(slots_of(value)))
 
 
@@ -399,6 +440,22 @@ def _globals_of(code: types.CodeType) -> tuple[str, ...]:
 
 
 @functools.lru_cache(maxsize=4096)
+def _chains_of(code: types.CodeType) -> tuple[tuple[str, ...], ...]:
+    """Return the globals that code reads attributes of, each with those, one of the other, as ``("F", "gelu")``."""
+    chains: dict[tuple[str, ...], None] = {}
+    chain: tuple[str, ...] = ()
+    for step in dis.get_instructions(code):
+        if step.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            chain = (step.argval,)
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD") and chain:
+            chain = (*chain, step.argval)
+            chains[chain] = None
+        elif step.opname != "CACHE":
+            chain = ()
+    return tuple(chains)
+
+
+@functools.lru_cache(maxsize=4096)
 def _is_property(cls: Any, name: str) -> bool:
     """Whether reading the attribute runs code, which is watched itself."""
     return hasattr(inspect.getattr_static(cls, name, None), "__get__") and hasattr(
@@ -414,7 +471,3 @@ def _is_setting(cls: Any, name: str) -> bool:
 
 def _is_torch(name: str) -> bool:
     return name.partition(".")[0] in ("torch", "numpy", "builtins")
-
-
-def _is_library(name: str) -> bool:
-    return name.partition(".")[0] in LIBRARIES
