@@ -55,6 +55,38 @@ class Keeps(Plain):
         return x + self.f(x) * self.scale(self)
 
 
+TENSOR, ARRAY = torch.ones(1), np.ones(1)
+
+
+class Shares(Plain):
+    """Keeps a state that all of its kind share, and that is no module's."""
+
+    tensor = torch.ones(1)
+
+    def __init__(self, scale: Callable[[Any], Any], count: Callable[[], int]) -> None:
+        super().__init__()
+        self.scale, self.count = scale, count
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.f(x) * self.scale(self)
+
+
+def clear() -> None:
+    with torch.no_grad():
+        TENSOR.fill_(1), Shares.tensor.fill_(1), ARRAY.fill(1)
+
+
+def counter() -> Callable[[], int]:
+    n = 0
+
+    def count() -> int:
+        nonlocal n
+        n += 1
+        return n
+
+    return count
+
+
 def checked(model: nn.Module, scope: str, converted: int, clear: Callable[[], None] = lambda: None) -> nn.Module:
     """Convert a model, which is to stay as it was, and compare three calls of both; ``clear`` begins anew."""
     clear()
@@ -147,3 +179,77 @@ def test_conversion_draws_from_no_generator_for_good(scale: Callable[[Any], Any]
     checked(nn.Sequential(Plain(), Keeps(scale), Keeps(scale)), scope, 3)
     torch.manual_seed(0)
     checked(Keeps(scale), scope, 1)
+
+
+def global_tensor(block: Any) -> Tensor:
+    return TENSOR.mul_(2)
+
+
+def tensor_of_a_class(block: Any) -> float:
+    Shares.tensor.mul_(2)
+    return float(Shares.tensor)
+
+
+def rebound_on_a_class(block: Any) -> Tensor:
+    Shares.tensor = Shares.tensor * 2
+    return Shares.tensor
+
+
+def global_array(block: Any) -> float:
+    ARRAY[0] *= 2
+    return float(ARRAY[0])
+
+
+def closure(block: Any) -> int:
+    return block.count()
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scale", [global_tensor, tensor_of_a_class, rebound_on_a_class, global_array, closure])
+def test_code_that_keeps_a_state_in_no_module_stays_python(scale: Callable[[Any], Any], scope: str) -> None:
+    torch.manual_seed(0)
+    tensor, kept = Shares.tensor, []
+
+    def begin_anew() -> None:
+        Shares.tensor = tensor
+        clear()
+        for cell in kept:
+            cell.cell_contents = 0
+
+    model = nn.Sequential(Plain(), Shares(scale, counter()), Plain())
+    kept += model[1].count.__closure__
+    hc = checked(model, scope, 2, begin_anew)
+    assert "which a graph would not" in str(hc.hc_report)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("scale", [global_tensor, tensor_of_a_class, rebound_on_a_class, global_array, closure])
+def test_a_refusal_leaves_it_as_it_was(scale: Callable[[Any], Any], scope: str) -> None:
+    clear()
+    model, tensor = nn.Sequential(*(Shares(scale, counter()) for _ in range(2))), Shares.tensor
+    with pytest.raises(hct.NothingToConvert):
+        hct.convert(model, (torch.randn(2, D),), scope=scope)
+    assert Shares.tensor is tensor and TENSOR.item() == Shares.tensor.item() == ARRAY[0] == model[0].count() == 1
+
+
+class Sees(Plain):
+    """Counts the lengths that all of its kind have seen."""
+
+    seen: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        Sees.seen.add(x.shape[1])
+        return x + self.f(x) * len(Sees.seen)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_set_of_a_class_counts(scope: str) -> None:
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(Plain(), Sees(), Sees()), [torch.randn(2, n, D) for n in (3, 4, 3, 5)]
+    Sees.seen.clear()
+    expected = [model(x) for x in inputs]
+    Sees.seen.clear()
+    hc = hct.convert(model, inputs[:1], scope=scope)
+    assert not Sees.seen
+    for x, other in zip(inputs, expected, strict=True):
+        assert error(hc(x), other) < 1e-5

@@ -79,6 +79,8 @@ def record_assignments(
 
 def _refuse_other_changes(work: nn.Module, model: nn.Module, inlined: frozenset[str], watch: Watch) -> None:
     """Raise CannotInline if traced code changed what modules hold without setting an attribute."""
+    for where, name in watch.changed_closures():
+        raise CannotInline(where, f"its code changes what the function {name!r} closes over, which a graph would not")
     for path in sorted(inlined):
         now, before = work.get_submodule(path), model.get_submodule(path)
         for name in now.__dict__.keys() | before.__dict__.keys():

@@ -21,10 +21,12 @@ import torch
 from torch import fx, nn
 
 from ..graphs.source_lines import INTERNAL_FILES
-from ..models.state import CONTAINERS, Contents, is_array, is_generator, is_state, slots_of, state_of
+from ..models.state import CONTAINERS, Contents, closure_of, is_array, is_generator, is_state, slots_of, state_of
 from .code_guards import Code, code_of, is_library
 from .python_state import FUNCTIONS, LONGEST, Absent, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
 
+LARGEST_TENSOR = 1 << 20  # entries of a tensor whose values are compared
+_DisableTorchFunction: Any = torch._C.DisableTorchFunction  # so that what is looked at is not traced
 Key = tuple[str, str]  # (path of a module, name of an attribute)
 DEEPEST = 3  # objects within objects that are compared
 DEEPEST_READ = 6  # and whose fields traced code may read
@@ -41,11 +43,13 @@ class Watch:
     """
 
     def __init__(self, root: nn.Module, is_on: Callable[[], bool], where: Callable[[], str]) -> None:
+        self.root = root
         self.is_on = is_on
         self.where = where
         self.paths = {id(module): path for path, module in root.named_modules()}
         self.reads: dict[Key, Any] = {}
         self.writes: dict[Key, str] = {}  # with the module whose code wrote first
+        self.closures: dict[Key, tuple[Any, Any, str]] = {}  # as they were, and who read them
         self.shared = SharedState(root, is_on, where)
         self.names = self.shared.names
 
@@ -61,12 +65,20 @@ class Watch:
         key = (path, name)
         if key not in self.reads and key not in self.writes and not _is_property(cls, name):
             self.reads[key] = value
+            if closure_of(value):
+                self.closures[key] = value, _fingerprint(value, 0), self.where()
 
     def write(self, module: nn.Module, name: str) -> None:
         """Note that traced code sets an attribute of a module."""
         path = self.paths.get(id(module))
         if path is not None and name != "training" and is_state(name):
             self.writes.setdefault((path, name), self.where())
+
+    def changed_closures(self) -> Iterator[tuple[str, str]]:
+        """Yield who changed what a function in an attribute closes over, and the name of the attribute."""
+        for (_, name), (function, before, where) in self.closures.items():
+            if _fingerprint(function, 0) != before:
+                yield where, name
 
     # -- what was read
 
@@ -76,21 +88,31 @@ class Watch:
         for (path, name), value in self.reads.items():
             for read in self._guards_of(path, (("attribute", name),), value, 0):
                 found.setdefault(_place_of(read), read)
+        for read in (*self._guards_of_shared(), *self.shared.functions_of_modules()):
+            found.setdefault(_place_of(read), read)
+        return tuple(found.values())
+
+    def _guards_of_shared(self) -> Iterator[Read]:
+        """Yield guards on globals and on attributes of classes."""
         for shared in self.shared.seen.values():
             space: Any = shared.owner
+            if isinstance(space, type) and self._is_read_from_its_class(shared):
+                yield from self._guards_of(str(shared.where), (("attribute", shared.name),), shared.value, 0)
             if isinstance(space, type) or shared.where is None:
-                continue  # read from an instance
+                continue
             home = str(space.get("__name__", ""))
             if getattr(sys.modules.get(home), "__dict__", None) is not space or is_library(home):
                 continue
             name, value = shared.name, shared.value
             if isinstance(value, FUNCTIONS) and not inspect.isclass(value):
                 value = shared.now()  # for which something else may have stood while code was traced
-            for read in self._guards_of(f"module:{home}", (("attribute", name),), value, 0):
-                found.setdefault(_place_of(read), read)
-        for read in self.shared.functions_of_modules():
-            found.setdefault(_place_of(read), read)
-        return tuple(found.values())
+            yield from self._guards_of(f"module:{home}", (("attribute", name),), value, 0)
+
+    def _is_read_from_its_class(self, shared: _Shared) -> bool:
+        """Whether code may have read an attribute of a module's class otherwise than from the module."""
+        if shared.name not in self.names or shared.where is None:
+            return False
+        return shared.name not in self.root.get_submodule(shared.where).__dict__
 
     def methods(self, inlined: Iterable[str], model: nn.Module) -> Iterator[Read]:
         """Yield a guard on the methods of each module of ``model`` whose code was traced."""
@@ -196,8 +218,9 @@ def _held_by(value: Any) -> Iterator[tuple[tuple[Step, ...], Any]]:
     elif isinstance(value, functools.partial):
         for name in ("func", "args", "keywords"):
             yield (("attribute", name),), getattr(value, name)
-    elif isinstance(value, types.FunctionType):
-        for place, cell in enumerate(value.__closure__ or ()):
+    elif closure_of(value):
+        cells: Any = value.__closure__
+        for place, cell in enumerate(cells):
             with contextlib.suppress(ValueError):  # an empty one
                 yield (
                     (("attribute", "__closure__"), ("entry", place), ("attribute", "cell_contents")),
@@ -344,10 +367,11 @@ class _Shared:
         self.names = set(vars(owner)) if name == "__dict__" else set()
         self.contents = Contents()
         self.fingerprint: Any = None
-        if is_mutable(self.value):
-            with contextlib.suppress(Exception):  # an object that does not let itself be looked at
+        if _is_value(self.value) or closure_of(self.value):
+            with contextlib.suppress(Exception), _DisableTorchFunction():  # an object that does not let itself be seen
                 self.contents.save(self.value)
                 self.fingerprint = _fingerprint(self.value, 0)
+        self.version = _version_of(self.value)
 
     def now(self) -> Any:
         """Return what stands there."""
@@ -359,8 +383,11 @@ class _Shared:
             return bool({n for n, v in vars(self.owner).items() if _is_data(n, v)} - self.names)
         now = self.now()
         if now is not self.value:
-            return is_plain(now) or is_plain(self.value) or is_mutable(now) or is_mutable(self.value)
-        return self.fingerprint is not None and _fingerprint(now, 0) != self.fingerprint
+            return any(is_plain(value) or _is_value(value) for value in (now, self.value))
+        if self.fingerprint is None:
+            return False
+        with _DisableTorchFunction():
+            return _version_of(now) != self.version or bool(_fingerprint(now, 0) != self.fingerprint)
 
     def put_back(self) -> set[str]:
         """Make it what it was; return the names that stand for something else then."""
@@ -389,8 +416,15 @@ def is_mutable(value: Any) -> bool:
     return own and (type(getattr(value, "__dict__", None)) is dict or bool(slots_of(value)))
 
 
+def _is_value(value: Any) -> bool:
+    """Whether a global or an attribute of a class is a value that code may replace."""
+    return is_mutable(value) or isinstance(value, (torch.Tensor, fx.Proxy))
+
+
 def _is_data(name: str, value: Any) -> bool:
-    return not name.startswith("__") and (is_plain(value) or isinstance(value, CONTAINERS) or is_generator(value))
+    if name.startswith("__"):
+        return False
+    return is_plain(value) or isinstance(value, (*CONTAINERS, torch.Tensor, fx.Proxy)) or is_generator(value)
 
 
 def differing_state(before: Any, after: Any) -> bool:
@@ -401,6 +435,22 @@ def differing_state(before: Any, after: Any) -> bool:
         return False
 
 
+def _bytes_of(tensor: torch.Tensor) -> Any:
+    """Return what tells whether a tensor was written into."""
+    kept = type(tensor) is torch.Tensor and tensor.layout is torch.strided and tensor.device.type != "meta"
+    if not kept or tensor.numel() > LARGEST_TENSOR:
+        return type(tensor).__name__, tensor.shape
+    with torch.no_grad():
+        flat = tensor.detach().resolve_conj().resolve_neg().cpu().reshape(-1).contiguous().view(torch.uint8)
+    return tensor.shape, flat.numpy().tobytes() if "numpy" in sys.modules else flat.tolist()
+
+
+def _version_of(value: Any) -> int | None:
+    """Return how often a tensor was written into, as far as it counts that."""
+    plain = type(value) is torch.Tensor and not value.is_inference()
+    return value._version if plain else None
+
+
 def _name_of(key: Any) -> str:
     return str(key) if is_plain(key) else type(key).__name__
 
@@ -409,7 +459,9 @@ def _fingerprint(value: Any, depth: int) -> Any:
     """Return what tells whether a value was changed, the same for a copy of it."""
     if is_plain(value):
         return value if value == value else "nan"
-    if isinstance(value, (torch.Tensor, nn.Module, fx.Proxy)) or depth > DEEPEST:
+    if isinstance(value, torch.Tensor) and not isinstance(value, fx.Proxy):
+        return _bytes_of(value)
+    if isinstance(value, (nn.Module, fx.Proxy)) or depth > DEEPEST:
         return type(value).__name__ if not isinstance(value, fx.Proxy) else "proxy"
     if is_generator(value):
         state = state_of(value)
@@ -423,6 +475,8 @@ def _fingerprint(value: Any, depth: int) -> Any:
     if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         entries = [_fingerprint(v, depth + 1) for v in list(value)[:1000]]
         return type(value).__name__, len(value), tuple(sorted(map(str, entries)) if isinstance(value, set) else entries)
+    if closure_of(value):
+        return "function", tuple(_fingerprint(held, depth + 1) for _, held in closure_of(value))
     if is_array(value) and not value.dtype.hasobject:
         return value.shape, str(value.dtype), value.tobytes()
     fields = None if isinstance(value, (*FUNCTIONS, types.MethodType, types.ModuleType)) else _fields_of(value)

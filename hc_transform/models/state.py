@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import functools
 import operator
 import random
 import sys
@@ -298,7 +299,7 @@ class Contents:
         waiting = [value]
         while waiting and len(self.seen) < MOST:
             value = waiting.pop()
-            if value is None or isinstance(value, (bool, int, float, str, bytes, OPAQUE)) or id(value) in self.seen:
+            if value is None or isinstance(value, (bool, int, float, str, bytes)) or id(value) in self.seen:
                 continue
             self.seen.add(id(value))
             self.alive.append(value)
@@ -306,6 +307,8 @@ class Contents:
 
     def _save_one(self, value: Any) -> list[Any]:
         """Save one value; return what it holds."""
+        if isinstance(value, OPAQUE):
+            return self._save_closure(value)
         if isinstance(value, nn.Module):
             self.modules.append(value)
             return []
@@ -332,6 +335,14 @@ class Contents:
             return []
         return self._save_attributes(value)
 
+    def _save_closure(self, value: Any) -> list[Any]:
+        """Save what a function keeps in variables of the one around it; return those, or what a method is of."""
+        if isinstance(value, types.MethodType):
+            return [value.__func__, value.__self__]
+        kept = closure_of(value)
+        self.undo += [functools.partial(_refill_cell, cell, held) for cell, held in kept]
+        return [held for _, held in kept]
+
     def _save_attributes(self, value: Any) -> list[Any]:
         """Save the attributes of an object; return them."""
         if type(value).__module__.partition(".")[0] == "torch":
@@ -344,6 +355,21 @@ class Contents:
         kept = dict(attributes)
         self.undo.append(lambda: refill(attributes, kept))
         return [*kept.values(), *slots.values()]
+
+
+def closure_of(value: Any) -> list[tuple[types.CellType, Any]]:
+    """Return the cells of a function of the user's, each with what it holds; none of those that are empty."""
+    if type(value) is not types.FunctionType:
+        return []
+    if str(value.__globals__.get("__name__")).partition(".")[0] in ("torch", "hc_transform"):
+        return []  # a decorator's: that of a compiled function, or what stands for one while it is traced
+    empty = types.CellType()
+    return [(cell, cell.cell_contents) for cell in value.__closure__ or () if cell != empty]
+
+
+def _refill_cell(cell: types.CellType, held: Any) -> None:
+    if cell.cell_contents is not held:
+        cell.cell_contents = held
 
 
 def _refill_slots(value: Any, saved: dict[str, Any]) -> None:
