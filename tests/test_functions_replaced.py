@@ -163,3 +163,48 @@ def test_functions_that_are_no_plain_ones_compile(scope: str) -> None:
     assert len(hc.hc_report.converted) == 2
     with torch.no_grad():
         assert error(torch.compile(hc, backend="eager", fullgraph=True)(x), model(x)) < 1e-5
+
+
+GAINS = {"gain": 1.0}
+
+
+def positional(x: Tensor, gains: dict[str, float] = GAINS) -> Tensor:
+    return x * gains["gain"]
+
+
+def by_name(x: Tensor, *, gain: float = 1.0) -> Tensor:
+    return x * gain
+
+
+class Defaults(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(D, D)
+
+    def scaled(self, x: Tensor, gain: float = 1.0) -> Tensor:
+        return x * gain
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.scaled(by_name(positional(self.f(x))))
+
+
+DEFAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "what a default holds": lambda m: m.setitem(GAINS, "gain", 5.0),
+    "defaults": lambda m: m.setattr(positional, "__defaults__", ({"gain": 5.0},)),
+    "by name": lambda m: m.setattr(by_name, "__kwdefaults__", {"gain": 5.0}),
+    "of a method": lambda m: m.setattr(Defaults.scaled, "__defaults__", (5.0,)),
+}
+
+
+@pytest.mark.parametrize("verify", [True, False], ids=["verified", "unverified"])
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("kind", DEFAULTS)
+def test_defaults_that_change_count(kind: str, scope: str, verify: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Defaults(), Defaults()), torch.randn(2, D)
+    hc = hct.convert(model, (x,), scope=scope, verify=verify)
+    with torch.no_grad():
+        before = model(x)
+        DEFAULTS[kind](monkeypatch)
+        assert error(model(x), before) > 1e-3
+        assert error(hc(x), model(x)) < 1e-5

@@ -61,12 +61,21 @@ class CodeGuards:
 
     def __init__(self) -> None:
         self._found: dict[int, tuple[Any, dict[Any, tuple[Any, str]]]] = {}  # by the dictionary they are in
+        self._defaults: list[tuple[Any, Any, Any]] = []
         self._own: list[tuple[Any, frozenset[str], str]] = []
         self._compared: list[tuple[Callable[[Any], Any], Any, Any]] | None = None
 
     def add(self, holder: Any, key: Any, expected: Any, title: str) -> None:
         """Have an entry of a plain dictionary compared."""
         self._found.setdefault(id(holder), (holder, {}))[1][key] = expected, title
+        self._add_defaults(expected)
+
+    def _add_defaults(self, function: Any) -> None:
+        """Have the defaults of a function of the user's compared."""
+        function = getattr(function, "__func__", function)
+        if type(function) is types.FunctionType and not is_library(str(function.__module__)):
+            if function.__defaults__ or function.__kwdefaults__:
+                self._defaults.append((function, function.__defaults__, function.__kwdefaults__))
 
     def add_code(self, value: Any, code: Code, title: str) -> None:
         """Have the methods of a value's class compared, and its own attributes that would go before them."""
@@ -74,6 +83,7 @@ class CodeGuards:
             held: Mapping[str, Any] = vars(cls)
             for name in names:
                 self._found.setdefault(id(cls), (held, {}))[1][name] = held[name], f"{cls.__qualname__}.{name}"
+                self._add_defaults(held[name])
         if code.of_class:
             self._own.append((value.__dict__.keys(), code.of_class, title))
 
@@ -87,6 +97,9 @@ class CodeGuards:
                     return self._first()
             except KeyError:
                 return self._first()
+        for function, defaults, by_name in self._defaults:
+            if function.__defaults__ is not defaults or function.__kwdefaults__ is not by_name:
+                return f"{function.__qualname__} has other defaults than while tracing"
         for keys, names, title in self._own:
             if not keys.isdisjoint(names):
                 return f"{title} has {min(names.intersection(keys))!r} of its own now, as it had not while tracing"

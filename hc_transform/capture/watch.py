@@ -21,7 +21,17 @@ import torch
 from torch import fx, nn
 
 from ..graphs.source_lines import INTERNAL_FILES
-from ..models.state import CONTAINERS, Contents, closure_of, is_array, is_generator, is_state, slots_of, state_of
+from ..models.state import (
+    CONTAINERS,
+    Contents,
+    closure_of,
+    is_array,
+    is_generator,
+    is_state,
+    mutable_defaults,
+    slots_of,
+    state_of,
+)
 from .code_guards import Code, code_of, is_library
 from .python_state import FUNCTIONS, LONGEST, Absent, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
 
@@ -169,8 +179,8 @@ class Watch:
                 yield from self._guards_of(home, (*steps, *further), held, depth + 1)
         fields = _fields_of(value)
         if fields is not None and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
-            yield from self._named_in(home, steps, fields, "attribute", depth)
             cls: Any = type(value)
+            yield from self._named_in(home, steps, fields, "attribute", depth)
             own = not is_library(cls.__module__) or cls is types.SimpleNamespace
             code = code_of(value, self.names) if own else None
             if code is not None:
@@ -218,9 +228,15 @@ def _held_by(value: Any) -> Iterator[tuple[tuple[Step, ...], Any]]:
     elif isinstance(value, functools.partial):
         for name in ("func", "args", "keywords"):
             yield (("attribute", name),), getattr(value, name)
-    elif closure_of(value):
+    elif _keeps_values(value):
+        for place, default in enumerate(value.__defaults__ or ()):
+            if isinstance(default, CONTAINERS):
+                yield (("attribute", "__defaults__"), ("entry", place)), default
+        for name, default in (value.__kwdefaults__ or {}).items():
+            if isinstance(default, CONTAINERS):
+                yield (("attribute", "__kwdefaults__"), ("entry", name)), default
         cells: Any = value.__closure__
-        for place, cell in enumerate(cells):
+        for place, cell in enumerate(cells or ()):
             with contextlib.suppress(ValueError):  # an empty one
                 yield (
                     (("attribute", "__closure__"), ("entry", place), ("attribute", "cell_contents")),
@@ -252,7 +268,7 @@ class SharedState:
                 self._packages.add(cls.__module__.partition(".")[0])
                 if not is_library(cls.__module__) and (id(cls), "") not in self.seen:
                     self.seen[id(cls), ""] = _Shared(cls, "__dict__", f"a class attribute of {cls.__name__}", path)
-                    for name in [n for n, value in vars(cls).items() if _is_data(n, value)]:
+                    for name in [n for n, v in vars(cls).items() if _is_data(n, v) or mutable_defaults(v)]:
                         self.seen[id(cls), name] = _Shared(cls, name, f"{cls.__name__}.{name}", path)
 
     @contextlib.contextmanager
@@ -367,7 +383,7 @@ class _Shared:
         self.names = set(vars(owner)) if name == "__dict__" else set()
         self.contents = Contents()
         self.fingerprint: Any = None
-        if _is_value(self.value) or closure_of(self.value):
+        if _is_value(self.value) or _keeps_values(self.value):
             with contextlib.suppress(Exception), _DisableTorchFunction():  # an object that does not let itself be seen
                 self.contents.save(self.value)
                 self.fingerprint = _fingerprint(self.value, 0)
@@ -419,6 +435,11 @@ def is_mutable(value: Any) -> bool:
 def _is_value(value: Any) -> bool:
     """Whether a global or an attribute of a class is a value that code may replace."""
     return is_mutable(value) or isinstance(value, (torch.Tensor, fx.Proxy))
+
+
+def _keeps_values(value: Any) -> bool:
+    """Whether a function closes over variables, or has defaults that it may change."""
+    return bool(closure_of(value) or mutable_defaults(value))
 
 
 def _is_data(name: str, value: Any) -> bool:
@@ -475,8 +496,9 @@ def _fingerprint(value: Any, depth: int) -> Any:
     if isinstance(value, (list, tuple, set, frozenset, collections.deque)):
         entries = [_fingerprint(v, depth + 1) for v in list(value)[:1000]]
         return type(value).__name__, len(value), tuple(sorted(map(str, entries)) if isinstance(value, set) else entries)
-    if closure_of(value):
-        return "function", tuple(_fingerprint(held, depth + 1) for _, held in closure_of(value))
+    if _keeps_values(value):
+        held = [*(held for _, held in closure_of(value)), *mutable_defaults(value)]
+        return "function", tuple(_fingerprint(v, depth + 1) for v in held)
     if is_array(value) and not value.dtype.hasobject:
         return value.shape, str(value.dtype), value.tobytes()
     fields = None if isinstance(value, (*FUNCTIONS, types.MethodType, types.ModuleType)) else _fields_of(value)

@@ -341,7 +341,7 @@ class Contents:
             return [value.__func__, value.__self__]
         kept = closure_of(value)
         self.undo += [functools.partial(_refill_cell, cell, held) for cell, held in kept]
-        return [held for _, held in kept]
+        return [*(held for _, held in kept), *mutable_defaults(value)]
 
     def _save_attributes(self, value: Any) -> list[Any]:
         """Save the attributes of an object; return them."""
@@ -359,12 +359,25 @@ class Contents:
 
 def closure_of(value: Any) -> list[tuple[types.CellType, Any]]:
     """Return the cells of a function of the user's, each with what it holds; none of those that are empty."""
-    if type(value) is not types.FunctionType:
+    if not _is_own_function(value):
         return []
-    if str(value.__globals__.get("__name__")).partition(".")[0] in ("torch", "hc_transform"):
-        return []  # a decorator's: that of a compiled function, or what stands for one while it is traced
     empty = types.CellType()
     return [(cell, cell.cell_contents) for cell in value.__closure__ or () if cell != empty]
+
+
+def mutable_defaults(value: Any) -> list[Any]:
+    """Return the containers among the defaults of a function's arguments, which all of its calls share."""
+    if not _is_own_function(value):
+        return []
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    return [default for default in defaults if isinstance(default, CONTAINERS)]
+
+
+def _is_own_function(value: Any) -> bool:
+    """Whether a function is none of a decorator of torch, nor stands for one while it is traced."""
+    if type(value) is not types.FunctionType:
+        return False
+    return str(value.__globals__.get("__name__")).partition(".")[0] not in ("torch", "hc_transform")
 
 
 def _refill_cell(cell: types.CellType, held: Any) -> None:
