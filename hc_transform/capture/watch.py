@@ -180,12 +180,13 @@ class Watch:
         fields = _fields_of(value)
         if fields is not None and not isinstance(value, FUNCTIONS) and not _is_torch(type(value).__module__):
             cls: Any = type(value)
-            yield from self._named_in(home, steps, fields, "attribute", depth)
+            serves = hasattr(cls, "__getattr__")  # what it holds under other names
+            yield from self._named_in(home, steps, fields, "attribute", depth, fields if serves else self.names)
             own = not is_library(cls.__module__) or cls is types.SimpleNamespace
             code = code_of(value, self.names) if own else None
             if code is not None:
                 yield Read(home, steps, code)
-            if own and not hasattr(cls, "__getattr__") and depth < DEEPEST_READ:
+            if own and not serves and depth < DEEPEST_READ:
                 for name in sorted(n for n in self.shared.asked if n not in fields and not hasattr(cls, n)):
                     yield Read(home, (*steps, ("attribute", name)), Absent)
             of_class = {n: getattr(value, n) for n in self.names if _is_setting(cls, n) and n not in fields}
@@ -200,9 +201,11 @@ class Watch:
                 if is_state(name) and is_plain(value):
                     yield Read(home, (*steps, ("attribute", name)), value)
 
-    def _named_in(self, home: str, steps: tuple[Step, ...], fields: Any, how: str, depth: int) -> Iterator[Read]:
+    def _named_in(  # noqa: PLR0913  # where it stands, and what of it
+        self, home: str, steps: tuple[Step, ...], fields: Any, how: str, depth: int, names: Iterable[str] | None = None
+    ) -> Iterator[Read]:
         if depth < DEEPEST_READ:
-            for name in sorted(self.names.intersection(fields)):
+            for name in sorted(n for n in (self.names if names is None else names) if n in fields):
                 if not name.startswith("__") and not isinstance(fields[name], FUNCTIONS):
                     yield from self._guards_of(home, (*steps, (how, name)), fields[name], depth + 1)
                 elif type(fields) is dict and isinstance(fields[name], FUNCTIONS):  # of an object, not of a class
