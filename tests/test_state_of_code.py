@@ -51,6 +51,22 @@ class Slots:
     scale: float = 1.0
 
 
+class Serving:
+    """Serves what an inner dictionary holds, as settings that are read from files do."""
+
+    def __init__(self, **held: float) -> None:
+        self.__dict__["_held"] = held
+
+    def __getattr__(self, name: str) -> float:
+        try:
+            return self.__dict__["_held"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __setattr__(self, name: str, value: float) -> None:
+        self._held[name] = value
+
+
 class Delegating(Block):
     """Serves settings as attributes."""
 
@@ -106,6 +122,11 @@ CASES: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], Callable[[Any], 
         lambda b: b.held.__setitem__(70, 5.0),
     ),
     "slots": (lambda b: b.held.scale, Slots, lambda b: setattr(b.held, "scale", 5.0)),
+    "an object that serves a dictionary": (
+        lambda b: b.held.scale,
+        lambda: Serving(scale=1.0),
+        lambda b: setattr(b.held, "scale", 5.0),
+    ),
     "four objects deep": (lambda b: b.held.a.b.c.d.scale, deep, lambda b: setattr(b.held.a.b.c.d, "scale", 5.0)),
     "an array": (lambda b: float(b.held[0]), lambda: np.ones(3), lambda b: b.held.__setitem__(0, 5.0)),
     "a number of numpy": (lambda b: float(b.held), lambda: np.float32(1), lambda b: setattr(b, "held", np.float32(5))),

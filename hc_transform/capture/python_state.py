@@ -22,6 +22,7 @@ from torch import nn
 
 from ..errors import DecisionChanged
 from ..graphs.guards import HINT
+from .code_guards import Code, CodeGuards
 
 FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type)
 CONSTANTS = (bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -95,7 +96,10 @@ def _is_compiled(expected: Any) -> bool:
         return True
     if isinstance(expected, Frozen) and expected.kind in (list, tuple, slice) and type(expected.entries) is tuple:
         return len(expected.entries) <= LONGEST and all(map(_is_compiled, expected.entries))
-    return isinstance(expected, FUNCTIONS) and expected is not Same and expected is not SameEntries
+    if not isinstance(expected, FUNCTIONS) or expected is Same or expected is SameEntries:
+        return False
+    marks = getattr(expected, "__dict__", ())  # of functions that the compiler sees others in place of
+    return not any(name.startswith("_torchdynamo") for name in marks)
 
 
 def frozen(value: Any) -> Any:
@@ -164,13 +168,12 @@ class PythonState:
         """Return what was replaced since this was bound: a copy would take it for what was there while tracing."""
         if self._bound is None or self.outdated is not None:
             return self.outdated
-        _, _, _, structure, objects, lists = self._bound
-        return _replaced(structure, objects, lists)
+        return _replaced(*self._bound[3:])
 
     def bind(self, root: nn.Module) -> None:
         """Look up where the values stand, and remember the modules as they are."""
-        places, slow, objects, lists = _places(self.reads, root)
-        self._bound = (root, places, slow, _structure(self.inlined, self.observed, root), objects, lists)
+        places, slow, objects, lists, code = _places(self.reads, root)
+        self._bound = (root, places, slow, _structure(self.inlined, self.observed, root), objects, lists, code)
 
     def change(self, root: nn.Module) -> str | None:
         """Return what is otherwise than it was, None if nothing is."""
@@ -178,7 +181,7 @@ class PythonState:
             return self.outdated
         if self._bound is None or self._bound[0] is not root:
             self.bind(root)
-        _, places, slow, structure, objects, lists = self._bound
+        _, places, slow, structure, objects, lists, code = self._bound
         for holder, key, expected, read in places:
             value = dict.get(holder, key, _MISSING)
             if value is not expected and (type(value) is not type(expected) or value != expected):
@@ -192,10 +195,10 @@ class PythonState:
                 return f"{read} is another object than while tracing"
             if type(value) is not type(expected) or value != expected:
                 return _changed(read, value)
-        return _replaced(structure, objects, lists)
+        return _replaced(structure, objects, lists, code)
 
 
-def _replaced(structure: tuple[list[Any], ...], objects: list[Any], lists: list[Any]) -> str | None:  # noqa: C901  # one rule for each kind of container
+def _replaced(structure: tuple[list[Any], ...], objects: list[Any], lists: list[Any], code: CodeGuards) -> str | None:  # noqa: C901  # one rule for each kind of container
     """Return which object, entry, module, forward or hook is another one than it was, None if none is."""
     modules, forwards, hooks = structure
     for holder, key, same, read in objects:
@@ -215,7 +218,7 @@ def _replaced(structure: tuple[list[Any], ...], objects: list[Any], lists: list[
             return f"the forward of {path!r}, whose code is part of the graph, was replaced"
     if any(hooks):
         return "a hook was added to a module whose code is part of the graph"
-    return None
+    return code.change()
 
 
 def _changed(read: Read, value: Any) -> str:
@@ -226,17 +229,24 @@ def _changed(read: Read, value: Any) -> str:
     return f"{read} was {was!r} while tracing and is {now} now"
 
 
-def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any], list[Any], list[Any]]:  # noqa: C901  # one rule for each kind of container
+def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any], list[Any], list[Any], CodeGuards]:  # noqa: C901  # one rule for each kind of container
     """Return where reads stand, for checks.
 
     Those are the entries of dictionaries, functions that find other values, objects to stay themselves, the
-    dictionaries that lead to others among them, and functions that find lists whose entries are to.
+    dictionaries that lead to others among them, functions that find lists whose entries are to, and functions and
+    methods.
     """
     places: list[Any] = []
     slow: list[Any] = []
     objects: list[Any] = []
     lists: list[Any] = []
+    code = CodeGuards()
     for read in reads:
+        if type(read.expected) is Code:
+            value = _find(read, root)
+            if value is not _MISSING:
+                code.add_code(value, read.expected, str(read))
+            continue
         if read.expected is Absent:
             slow.append((functools.partial(_find, read, root), _MISSING, read))
             continue
@@ -257,13 +267,15 @@ def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any
         if holder is None:
             if read.expected is not Same:
                 slow.append((functools.partial(_find, read, root), read.expected, read))
+        elif isinstance(read.expected, FUNCTIONS) and read.expected is not Same and type(holder) is dict:
+            code.add(holder, key, read.expected, str(read))
         elif read.expected is Same:
             objects.append((holder, key, dict.get(holder, key), read))
         elif isinstance(read.expected, Frozen):
             slow.append((functools.partial(dict.get, holder, key, _MISSING), read.expected, read))
         else:
             places.append((holder, key, read.expected, read))
-    return places, slow, objects, lists
+    return places, slow, objects, lists, code
 
 
 def _holder(read: Read, root: nn.Module) -> dict[Any, Any] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from ..models.state import is_generator, is_state
 from .proxy import CannotInline
 from .python_state import is_plain
 from .watch import Watch, differing_state, is_mutable
+
+_MISSING = object()
 
 
 def assign(attributes: dict[str, Any], name: str, value: Any) -> None:
@@ -71,8 +74,19 @@ def record_assignments(
             attributes = graph.create_node("get_attr", f"{path}.{kind}" if path else kind, (), {})
             stored = fx.node.map_aggregate(value, lambda v: v.node if isinstance(v, fx.Proxy) else v)
             graph.call_function(assign, (attributes, name, stored))
-    for path in sorted(inlined):  # what was changed without being set
-        changed = _changed_inside(work.get_submodule(path), model.get_submodule(path))
+    _refuse_other_changes(work, model, inlined, watch)
+
+
+def _refuse_other_changes(work: nn.Module, model: nn.Module, inlined: frozenset[str], watch: Watch) -> None:
+    """Raise CannotInline if traced code changed what modules hold without setting an attribute."""
+    for where, name in watch.changed_closures():
+        raise CannotInline(where, f"its code changes what the function {name!r} closes over, which a graph would not")
+    for path in sorted(inlined):
+        now, before = work.get_submodule(path), model.get_submodule(path)
+        for name in now.__dict__.keys() | before.__dict__.keys():
+            if (path, name) not in watch.writes and _set_past_the_module(now, before, name):
+                raise CannotInline(path, f"its code sets {name!r} in its __dict__, which a graph would not")
+        changed = _changed_inside(now, before)
         if changed is not None:
             raise CannotInline(path, f"its code changes what its attribute {changed!r} holds, which a graph would not")
 
@@ -83,6 +97,17 @@ def _stored(module: nn.Module, name: str) -> tuple[str, Any]:
         if name in module.__dict__[kind]:
             return kind, module.__dict__[kind][name]
     return "__dict__", module.__dict__.get(name)
+
+
+def _set_past_the_module(work: nn.Module, before: nn.Module, name: str) -> bool:
+    """Whether code set an attribute otherwise than by the module, which does not see it, and not for a cached value."""
+    now, old = (module.__dict__.get(name, _MISSING) for module in (work, before))
+    if not is_state(name) or now is old or isinstance(getattr(type(work), name, None), functools.cached_property):
+        return False
+    if isinstance(old, torch.Tensor) and now is _MISSING:
+        return False  # it stands among the buffers while it is traced
+    plain = is_plain(now) or is_plain(old)
+    return now is _MISSING or old is _MISSING or plain and differing_state(old, now)
 
 
 def _changed_inside(work: nn.Module, before: nn.Module) -> str | None:

@@ -169,8 +169,9 @@ def trace(  # noqa: C901  # one attempt after the other, each with what it falls
     keep_plain_tensors(graph_module, work)
     graph.lint()
     calls = {path: call for path, call in tracer.calls.items() if call is not None}
+    code = sorted(inlined | tracer.inlined_within)
     reads = (*tracer.watch.guards(), *_tensors_read(graph, model), *_containers(inlined, model))
-    state = PythonState(reads, tuple(sorted(inlined | tracer.inlined_within)), observed)
+    state = PythonState((*reads, *tracer.watch.methods(["", *code], model)), tuple(code), observed)
     deciders = frozenset(tracer.deciders)
     return Trace(graph_module, inlined, opaque, calls, tracer.reads_training, inputs is not None, state, deciders)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import contextvars
+import functools
 import operator
 import random
 import sys
@@ -129,7 +130,10 @@ def _saved(model: nn.Module, within: Iterable[str] | None = None) -> tuple[Undo,
             contents.save(buffer)
         undo.append(_registries_put_back(module.__dict__))
         if isinstance(module, (fx.GraphModule, torch.jit.ScriptModule)):
-            continue  # whose attributes are its own code
+            for value in module.__dict__.values():  # beside those that are its own code
+                if isinstance(value, (nn.Module, torch.Tensor)) or is_generator(value):
+                    contents.save(value)
+            continue
         own = {name: value for name, value in module.__dict__.items() if is_state(name)}
         undo.append(_attributes_put_back(module.__dict__, own))
         for value in own.values():
@@ -211,6 +215,21 @@ def _is_numpy_generator(value: Any) -> bool:
     return type(value).__module__.startswith("numpy.random") and type(value).__name__ in ("Generator", "RandomState")
 
 
+def is_array(value: Any) -> bool:
+    """Whether ``value`` is an array of numpy, which need not be there."""
+    return type(value).__module__.startswith("numpy") and type(value).__name__ == "ndarray"
+
+
+def slots_of(value: Any) -> dict[str, Any]:
+    """Return what an object holds in slots, which its dictionary does not show."""
+    names = (n for cls in type(value).__mro__ for n in _names_in(vars(cls).get("__slots__", ())))
+    return {n: getattr(value, n) for n in names if hasattr(value, n) and n not in ("__dict__", "__weakref__")}
+
+
+def _names_in(slots: Any) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
+
+
 def is_state(name: str) -> bool:
     """Whether an attribute of a module is the user's own, and not that of torch, of a trace or of a conversion."""
     return name not in REGISTRIES and not name.startswith(("_hc_", "_tensor_constant"))
@@ -280,7 +299,7 @@ class Contents:
         waiting = [value]
         while waiting and len(self.seen) < MOST:
             value = waiting.pop()
-            if value is None or isinstance(value, (bool, int, float, str, bytes, OPAQUE)) or id(value) in self.seen:
+            if value is None or isinstance(value, (bool, int, float, str, bytes)) or id(value) in self.seen:
                 continue
             self.seen.add(id(value))
             self.alive.append(value)
@@ -288,6 +307,8 @@ class Contents:
 
     def _save_one(self, value: Any) -> list[Any]:
         """Save one value; return what it holds."""
+        if isinstance(value, OPAQUE):
+            return self._save_closure(value)
         if isinstance(value, nn.Module):
             self.modules.append(value)
             return []
@@ -308,16 +329,69 @@ class Contents:
             saved: Any = dict(dict.items(value)) if isinstance(value, dict) else value.copy()
             self.undo.append(lambda: refill(value, saved))
             return [*saved.values()] if isinstance(saved, dict) else [] if isinstance(saved, bytearray) else [*saved]
-        if type(value).__module__.startswith("numpy") and type(value).__name__ == "ndarray":
+        if is_array(value):
             array = value.copy()
             self.undo.append(lambda: value.__setitem__(Ellipsis, array))
             return []
-        attributes = getattr(value, "__dict__", None)
-        if type(attributes) is not dict or type(value).__module__.partition(".")[0] == "torch":
+        return self._save_attributes(value)
+
+    def _save_closure(self, value: Any) -> list[Any]:
+        """Save what a function keeps in variables of the one around it; return those, or what a method is of."""
+        if isinstance(value, types.MethodType):
+            return [value.__func__, value.__self__]
+        kept = closure_of(value)
+        self.undo += [functools.partial(_refill_cell, cell, held) for cell, held in kept]
+        return [*(held for _, held in kept), *mutable_defaults(value)]
+
+    def _save_attributes(self, value: Any) -> list[Any]:
+        """Save the attributes of an object; return them."""
+        if type(value).__module__.partition(".")[0] == "torch":
             return []
+        attributes, slots = getattr(value, "__dict__", None), slots_of(value)
+        if slots or hasattr(type(value), "__slots__"):
+            self.undo.append(lambda: _refill_slots(value, slots))
+        if type(attributes) is not dict:
+            return [*slots.values()]
         kept = dict(attributes)
         self.undo.append(lambda: refill(attributes, kept))
-        return [*kept.values()]
+        return [*kept.values(), *slots.values()]
+
+
+def closure_of(value: Any) -> list[tuple[types.CellType, Any]]:
+    """Return the cells of a function of the user's, each with what it holds; none of those that are empty."""
+    if not _is_own_function(value):
+        return []
+    empty = types.CellType()
+    return [(cell, cell.cell_contents) for cell in value.__closure__ or () if cell != empty]
+
+
+def mutable_defaults(value: Any) -> list[Any]:
+    """Return the containers among the defaults of a function's arguments, which all of its calls share."""
+    if not _is_own_function(value):
+        return []
+    defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+    return [default for default in defaults if isinstance(default, CONTAINERS)]
+
+
+def _is_own_function(value: Any) -> bool:
+    """Whether a function is none of a decorator of torch, nor stands for one while it is traced."""
+    if type(value) is not types.FunctionType:
+        return False
+    return str(value.__globals__.get("__name__")).partition(".")[0] not in ("torch", "hc_transform")
+
+
+def _refill_cell(cell: types.CellType, held: Any) -> None:
+    if cell.cell_contents is not held:
+        cell.cell_contents = held
+
+
+def _refill_slots(value: Any, saved: dict[str, Any]) -> None:
+    """Make the slots of an object hold what they held."""
+    now = slots_of(value)
+    for name in now.keys() - saved.keys():
+        object.__delattr__(value, name)
+    for name in (n for n, held in saved.items() if n not in now or now[n] is not held):
+        object.__setattr__(value, name, saved[name])
 
 
 def _tensor_put_back(tensor: torch.Tensor) -> Undo:

@@ -250,6 +250,7 @@ class BlockRunner:
         adopt_constants(block, graph, gm)
         log.info("traced %s for a call of %d inputs", self.plan.path, len(given))
         log_left_out(self.plan.path, analysis)
+        analysis.trace.state.bind(block)  # before anything that it looks up may be replaced
         return Variant(graph, analysis.trace.state, left_out)
 
 

@@ -84,6 +84,7 @@ class HyperConnectedModule(fx.GraphModule):
         self._ends = {r.name: ends[t.index] for t in analysis.plan.trunks for r in t.residuals}
         self._variants: list[Variant] = []
         self._main.state = self._state = analysis.trace.state
+        self._state.bind(original)  # before anything that it looks up may be replaced
         self.graph.lint()
 
     def __getattr__(self, name: str) -> Any:
@@ -245,6 +246,7 @@ class HyperConnectedModule(fx.GraphModule):
         adopt_constants(self, graph, analysis.trace.graph_module)
         log.info("traced again: %s", change)
         log_left_out(type(self).__name__, analysis)
+        analysis.trace.state.bind(self._holder)
         variant = Variant(graph, analysis.trace.state, analysis.left_out)
         variant.forward = self._in_regions(graph, variant.whole)
         self._variants.append(variant)
