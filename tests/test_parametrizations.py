@@ -72,11 +72,12 @@ class Positive(nn.Module):
         return x.exp()
 
 
-def test_a_parametrized_block():
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_a_parametrized_block(scope):
     """Its parameter is computed on each call, as a module of its own."""
     model = nn.Sequential(Gained(), chain())
     nn.utils.parametrize.register_parametrization(model[0], "gain", Positive())
-    hc = check(model, (rows(),), 3, trunks=1)
+    hc = check(model, (rows(),), 3, trunks=1, scope=scope)
     before = hc(x := rows())
     with torch.no_grad():
         hc.get_parameter("0.parametrizations.gain.original").add_(1.0)

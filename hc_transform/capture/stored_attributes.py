@@ -83,7 +83,8 @@ def _refuse_other_changes(work: nn.Module, model: nn.Module, inlined: frozenset[
         raise CannotInline(where, f"its code changes what the function {name!r} closes over, which a graph would not")
     for path in sorted(inlined):
         now, before = work.get_submodule(path), model.get_submodule(path)
-        for name in now.__dict__.keys() | before.__dict__.keys():
+        of_torch = type(now).__module__.startswith("torch.")  # as what torch.compile returns, which keeps its settings
+        for name in () if of_torch else now.__dict__.keys() | before.__dict__.keys():
             if (path, name) not in watch.writes and _set_past_the_module(now, before, name):
                 raise CannotInline(path, f"its code sets {name!r} in its __dict__, which a graph would not")
         changed = _changed_inside(now, before)

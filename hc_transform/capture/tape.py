@@ -106,7 +106,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         recorder.patched(),
     ):
         seed_generators()
-        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        inputs = [t for leaf in pytree.tree_leaves((args, kwargs)) for t in tensors_in(leaf)]
         for tensor in inputs:
             recorder.input(tensor)
         kept = tuple(tensor.clone() for tensor in inputs)  # a model may write into its inputs
@@ -239,7 +239,8 @@ class _Recorder(TorchFunctionMode):
         """Whether a module is written down as one: torch's own, and small ones such as norms."""
         if isinstance(module, torch.jit.ScriptModule):
             return True
-        home = type(module).__module__
+        # A class that parametrize makes is of torch, and the code that it runs is not.
+        home = next(c.__module__ for c in type(module).__mro__ if c.__module__ != "torch.nn.utils.parametrize")
         if home.startswith(("torch.nn.", "torch.ao.")):
             return not home.startswith(INLINED_FROM_TORCH)
         if next(module.children(), None) is not None:

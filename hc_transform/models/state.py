@@ -232,7 +232,7 @@ def _names_in(slots: Any) -> Iterable[str]:
 
 def is_state(name: str) -> bool:
     """Whether an attribute of a module is the user's own, and not that of torch, of a trace or of a conversion."""
-    return name not in REGISTRIES and not name.startswith(("_hc_", "_tensor_constant"))
+    return name not in REGISTRIES and not name.startswith(("_hc_", "_tensor_constant", "_torchdynamo"))
 
 
 def modules_within(model: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
