@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
+from .capture.tape import Tape
 from .capture.trace import bind_inputs
 from .errors import HCTransformError
 from .models.copies import clone_structure, in_other_mode, uncompile
@@ -46,9 +46,8 @@ def convert_graph(
     if example is None:
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
     elif request.verify:
-        found = verify(
-            model, converted, _seen(analysis, converted, observed, inputs or {}), *example, expected=observed.outputs
-        )
+        seen = _seen(analysis, converted, observed.tape)
+        found = verify(model, converted, seen, *example, expected=observed.outputs)
         error = found.error
         notes.insert(0, found.note)
     others = other_parameters(modules.values(), connections)
@@ -56,21 +55,14 @@ def convert_graph(
     return converted, analysis.plan
 
 
-def _seen(
-    analysis: Analysis, converted: HyperConnectedModule, observed: Observation, inputs: Mapping[str, Any]
-) -> Seen:
-    """Return the recorded run, which knows nothing of our tracer, where it is a measure; else the trace."""
-    tape, plan, added = observed.tape, analysis.plan, added_modules(converted)
-    chosen = analysis.chosen
-    if (
-        tape is None
-        or chosen is None
-        or tape.reads_values
-        or tape.closes_over
-        or _on_trunks(chosen) != _on_trunks(plan)
-    ):
-        return Seen(plan, plan.graph_module, inputs, added)
-    return Seen(chosen, tape.graph_module, tape.named_inputs, added, tape)
+def _seen(analysis: Analysis, converted: HyperConnectedModule, tape: Tape | None) -> Seen | Plan:
+    """Return the recorded run, which knows nothing of our tracer, where it is a measure; else the plan on the trace."""
+    plan, chosen = analysis.plan, analysis.chosen
+    if tape is None or chosen is None or tape.reads_values or tape.closes_over:
+        return plan
+    if _on_trunks(chosen) != _on_trunks(plan):
+        return plan
+    return Seen(chosen, tape.graph_module, tape.named_inputs, added_modules(converted), tape)
 
 
 def _on_trunks(plan: Plan) -> list[list[str]]:

@@ -8,20 +8,19 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.graph_module import _USER_PRESERVED_ATTRIBUTES_KEY
 
-from .capture.trace import bind_inputs, describe
+from .capture.trace import describe
 from .errors import NEVER_HIDDEN, TraceError, UnsupportedModel
-from .graphs.dialects import inputs_of, is_complete
+from .graphs.dialects import is_complete
 from .options import Options
 from .request import OPTIMIZER_NOTE, Example, Request
 from .residuals.find import find_residuals
 from .residuals.findings import Reason
-from .residuals.keys import added_modules
 from .residuals.planner import Plan, make_plan
 from .residuals.report import has_nothing, nothing_to_convert, report_of
 from .residuals.unused import without_unused
 from .rewriting.new_modules import make_connections, new_modules, other_parameters
 from .rewriting.rewrite import rewrite
-from .verification.verify import Seen, run_like, verify
+from .verification.verify import run_like, verify
 
 BAKED = (
     "The graph is what torch.export or Dynamo made of the model: its mode (training or eval) and its decisions are as "
@@ -104,11 +103,7 @@ def convert_exported(program: Any, example: Example | None, request: Request) ->
                 f"the exported program itself fails on the example inputs: {describe(failure)}. Give inputs with args= "
                 "and kwargs= that it was exported for."
             ) from failure
-        given = inputs_of(original, *example)
-        inputs = bind_inputs(original, *example) if given is None else given
-        found = verify(
-            original, converted, Seen(plan, original, inputs, added_modules(converted)), *example, expected=expected
-        )
+        found = verify(original, converted, plan, *example, expected=expected)
         error = found.error
         notes.insert(0, found.note)
     report = report_of(plan, connections, error, tuple(notes), other_parameters(modules.values(), connections))

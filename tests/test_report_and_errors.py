@@ -284,5 +284,5 @@ def test_passes_tell_their_seconds_and_nodes(caplog):
     with caplog.at_level("DEBUG", logger="hc_transform"):
         hct.convert(model, (torch.randn(2, 3, 8),), scope="graph")
     said = [record.getMessage() for record in caplog.records if record.levelname == "DEBUG"]
-    for name in ("trace", "find_residuals", "make_plan", "rewritten_graph"):
+    for name in ("record", "find_residuals", "choose", "trace", "plan_again", "rewritten_graph"):
         assert any(re.fullmatch(rf"{name}: \d+\.\d+ s, \d+( -> \d+)? nodes", text) for text in said), (name, said)

@@ -53,7 +53,6 @@ class Plan:
         return self.report._repr_html_()
 
 
-@logged_pass
 def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:
     """Group the residuals of ``graph_module`` into trunks, for this graph to be rewritten.
 
@@ -66,6 +65,7 @@ def make_plan(graph_module: fx.GraphModule, findings: Findings, options: Options
     return plan
 
 
+@logged_pass
 def choose(graph_module: fx.GraphModule, findings: Findings, options: Options) -> Plan:
     """Decide which residuals of ``graph_module`` are converted, in which trunks, in whatever graphs of the code.
 

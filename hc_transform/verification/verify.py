@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..capture.trace import bind_inputs
 from ..connections.trunk_ends import StreamDropout
 from ..errors import DecisionChanged, HCTransformError, NotEquivalent
+from ..graphs.dialects import inputs_of
 from ..models.compare import Comparison, compare, relative_error
+from ..residuals.keys import added_modules
 from ..residuals.planner import Plan
 from ..residuals.trunks import nest
 from ..threads import again_beside_threads
@@ -68,7 +71,7 @@ class Verification:
 def verify(
     original: nn.Module,
     converted: nn.Module,
-    seen: Seen,
+    plan: Plan | Seen,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     expected: Any = None,
@@ -82,7 +85,7 @@ def verify(
 
     Args:
         original, converted: the models.
-        seen: the original as a graph.
+        plan: what was converted, on a graph of the original's code; or another graph of it that says what streams are.
         args, kwargs: the example inputs.
         expected: what :func:`run_like` returns for the original, if that is known.
 
@@ -93,6 +96,7 @@ def verify(
     """
     if expected is None:
         expected = run_like(original, args, kwargs)
+    seen = plan if isinstance(plan, Seen) else _seen_in(plan, original, converted, args, kwargs)
     plan = seen.plan
     start, judged, apart = Judgement(), Judgement(), not_covered(plan)
     bound = tolerance_of(expected, original)
@@ -119,6 +123,13 @@ def verify(
             "model."
         )
     return result_of(found, plan, apart, start, judged.explained)
+
+
+def _seen_in(plan: Plan, original: nn.Module, converted: nn.Module, args: Any, kwargs: Any) -> Seen:
+    """Return what the graph of a plan says of its streams."""
+    given = inputs_of(plan.graph_module, args, kwargs)
+    inputs = bind_inputs(original, args, kwargs) if given is None else given
+    return Seen(plan, plan.graph_module, inputs, added_modules(converted))
 
 
 def _compared_apart(pair: Pair) -> tuple[Judgement, str]:
