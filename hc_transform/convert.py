@@ -20,7 +20,7 @@ from .config import note_config
 from .connections import ConnectionLike
 from .convert_blocks import convert_blocks, move_into
 from .convert_graph import convert_graph, trace_mode
-from .errors import NEVER_HIDDEN, HCTransformError, NothingToConvert, PatternError, TraceError, UnsupportedModel
+from .errors import NEVER_HIDDEN, HCTransformError, NothingToConvert, TraceError, UnsupportedModel
 from .exported import carried_example, convert_exported, is_exported, refuse_choices
 from .graphs.dialects import name_of
 from .models.compare import compare
@@ -266,46 +266,39 @@ def _observed(model: nn.Module, example: Example, request: Request) -> tuple[Obs
     """
     bind_inputs(model, *example)
     name = type(model).__name__
-    try:
-        observed, failure = observe(model, *example, request.hints), None
-    except (*NEVER_HIDDEN, PatternError):
-        raise
-    except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-        observed, failure = None, error
+    plain, failure = _outputs(model, example)
+    note = ""
     if torch.is_grad_enabled():
         with runs_with_gradients(True):
-            try:
-                outputs = run_like(model, *example)
-                if observed is None:
-                    note = f"{name} itself fails without gradients: it was run with them."
-                    return observe(model, *example, request.hints), note
-                found = compare(outputs, observed.outputs)
-                if not found.error <= tolerance_of(observed.outputs, model):
-                    return observe(model, *example, request.hints), (
-                        f"Without gradients {name} itself gives other outputs, by {found.error:.1e} (relative): it was "
-                        "run with them, as convert was called."
-                    )
-            except NEVER_HIDDEN:
-                raise
-            except Exception as error:  # noqa: BLE001  # whatever the user's code raises
-                log.info("%s cannot be run with gradients: %s", name, describe(error))
-    if observed is None:
-        _refuse_failing(model, example)
-        raise TraceError(f"{name} cannot be recorded: {describe(failure or '')}") from failure
-    return observed, ""
+            recorded, _ = _outputs(model, example)
+        if recorded is not None and plain is None:
+            note = f"{name} itself fails without gradients: it was run with them."
+        elif recorded is not None and plain is not None:
+            found = compare(recorded[0], plain[0])
+            if not found.error <= tolerance_of(plain[0], model):
+                note = (
+                    f"Without gradients {name} itself gives other outputs, by {found.error:.1e} (relative): it was run "
+                    "with them, as convert was called."
+                )
+        plain = recorded if note else plain
+    if plain is None:
+        raise TraceError(
+            f"{name} itself fails on the example inputs: {type(failure).__name__}: {failure}. "
+            "Give inputs with args= and kwargs= that the model runs on."
+        ) from failure
+    with runs_with_gradients(bool(note)):
+        return replace(observe(model, *example, request.hints), outputs=plain[0]), note
 
 
-def _refuse_failing(model: nn.Module, example: Example) -> None:
-    """Raise TraceError if the model itself fails on inputs."""
+def _outputs(model: nn.Module, example: Example) -> tuple[tuple[Any] | None, Exception | None]:
+    """Return what a model gives, in a tuple; or None, and how it fails."""
     try:
-        run_like(model, *example)
+        return (run_like(model, *example),), None
     except NEVER_HIDDEN:
         raise
-    except Exception as error:
-        raise TraceError(
-            f"{type(model).__name__} itself fails on the example inputs: {type(error).__name__}: {error}. "
-            "Give inputs with args= and kwargs= that the model runs on."
-        ) from error
+    except Exception as failure:  # noqa: BLE001  # whatever the user's code raises
+        log.info("%s fails: %s", type(model).__name__, describe(failure))
+        return None, failure
 
 
 def _convert(model: nn.Module, example: Example, observed: Observation, request: Request) -> tuple[nn.Module, Plan]:

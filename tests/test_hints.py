@@ -24,8 +24,8 @@ def test_leaf_modules_stay_whole(leaf):
     hc = hct.convert(model, tokens(), leaf_modules=[kind if leaf == "class" else leaf])
     assert "transformer.h.1.attn" not in {r.name for r in hc.hc_report.converted}
     assert len(hc.hc_report.converted) == 4
-    left, _ = [r for r in hc.hc_report.skipped if r.name == "transformer.h.1"]  # one for each of its residuals
-    assert "leaf_modules names it" in left.reason
+    left = [r for r in hc.hc_report.skipped if "leaf_modules names it" in r.reason]
+    assert [r.name for r in left] == ["transformer.h.1.attn", "transformer.h.1.mlp"]
     check_preserved(model, hc, tokens())
 
 
@@ -43,8 +43,16 @@ class HiddenAdd(nn.Module):
 def test_inline_modules_are_looked_into():
     model, x = nn.Sequential(HiddenAdd(), HiddenAdd()), torch.randn(2, 5, 8)
     with pytest.raises(hct.NothingToConvert, match=r"inline_modules=\[\.\.\.\]"):
-        hct.convert(model, (x,), scope="graph")
-    hc = hct.convert(model, (x,), inline_modules=[HiddenAdd])
+        hct.convert(model, connection="static")
+    hc = hct.convert(model, connection="static", inline_modules=[HiddenAdd])
+    assert len(hc.hc_report.converted) == 2
+    check_preserved(model, hc, (x,))
+
+
+@pytest.mark.parametrize("scope", ["graph", "blocks"])
+def test_a_run_shows_adds_that_the_code_does_not(scope):
+    model, x = nn.Sequential(HiddenAdd(), HiddenAdd()), torch.randn(2, 5, 8)
+    hc = hct.convert(model, (x,), scope=scope)
     assert len(hc.hc_report.converted) == 2
     check_preserved(model, hc, (x,))
 

@@ -55,7 +55,7 @@ def test_hooks_change_the_same(kind, place):
     model = nn.Sequential(nn.Linear(8, 8), chain(), chain())
     getattr(model.get_submodule(PLACES[place]), f"register_{kind}_hook")(changing(kind))
     hc = check(model, (rows(),), 2 if place == "block" else 4)
-    assert reasons(hc, "hooks") == (["1"] if place == "block" else [])
+    assert reasons(hc, "hooks") == (["1.fs.0", "1.fs.1"] if place == "block" else [])
 
 
 @pytest.mark.filterwarnings(NO_GRADIENT)

@@ -70,7 +70,6 @@ class Tape:
         draws: whether Python's or numpy's generators were drawn from.
         closes_over: whether a function under ``torch.vmap`` uses more than it is given.
         asks_layout: whether code asked how a tensor lies in memory.
-        outputs: what the run returned, detached.
     """
 
     graph_module: fx.GraphModule
@@ -79,7 +78,6 @@ class Tape:
     draws: bool = False
     closes_over: bool = False
     asks_layout: bool = False
-    outputs: Any = None
 
     @property
     def decides(self) -> bool:
@@ -114,19 +112,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         with recorder:
             output = model(*args, **kwargs)
         draws = host_states() != host
-    return Tape(
-        recorder.finish(output),
-        kept,
-        recorder.reads_values,
-        draws,
-        recorder.closes_over,
-        recorder.asks_layout,
-        pytree.tree_map(_detached, output),
-    )
-
-
-def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, torch.Tensor) and value.requires_grad else value
+    return Tape(recorder.finish(output), kept, recorder.reads_values, draws, recorder.closes_over, recorder.asks_layout)
 
 
 class _Recorder(TorchFunctionMode):
@@ -359,8 +345,11 @@ class _Recorder(TorchFunctionMode):
                 self._results(item, entry)
 
     def _is_given_back(self, node: fx.Node, value: torch.Tensor) -> bool:
-        """Whether an operation returned one of its operands, and did nothing to it."""
-        if node.users or value.is_inference() or version_of(value) != self.versions[id(value)]:
+        """Whether a function returned one of its operands, and did nothing to it.
+
+        A module that does stands for a step of its own, as it does in a trace.
+        """
+        if node.op == "call_module" or node.users or value.is_inference() or version_of(value) != self.versions[id(value)]:
             return False
         return self.node_of[id(value)] in node.all_input_nodes and not name_of(node).endswith("_")
 

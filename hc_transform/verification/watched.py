@@ -27,9 +27,16 @@ def watched_graph(converted: fx.GraphModule, observe: Observe, wide: bool = Fals
     teller = _Teller(converted)
     teller.tell, teller.wide = observe, wide
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def forward(*args: Any, **kwargs: Any) -> Any:
         given = inputs_of(converted, args, kwargs)
         return teller.run_on(**(bind_inputs(converted, args, kwargs) if given is None else given))
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        converted.__dict__["forward"] = forward  # so that its own hooks are called
+        try:
+            return converted(*args, **kwargs)
+        finally:
+            del converted.__dict__["forward"]
 
     return run
 
