@@ -74,7 +74,7 @@ def analyse_blocks(
         excluded += [as_skipped(r, Reason.UNEVEN) for r in uneven]
         chosen = [r for r in chosen if r not in uneven]
     options = replace(options, keep_layout=observed.asks_layout)
-    plan = replace(plan, skipped=(*plan.skipped, *excluded, *homeless.values()), options=options)
+    plan = replace(plan, skipped=(*plan.skipped, *excluded, *homeless.values(), *observed.hidden), options=options)
     return plan_blocks(plan, holders, findings.residuals, share_calls=share_calls, apart=apart, refused=refused)
 
 

@@ -37,13 +37,15 @@ SET_OF_TENSORS = frozenset({"data", "grad", "requires_grad", "real", "imag"})
 class CannotInline(Exception):
     """A module's code cannot be traced; it is to stay a leaf.
 
-    ``path`` is the module's, the root's being "".
+    ``path`` is the module's, the root's being ""; ``of_place`` whether it is where the module is called that is the
+    cause, and not what its class does.
     """
 
-    def __init__(self, path: str, cause: BaseException | str) -> None:
+    def __init__(self, path: str, cause: BaseException | str, of_place: bool = False) -> None:
         super().__init__(path, cause)
         self.path = path
         self.cause = cause
+        self.of_place = of_place
 
 
 class AsksForGradients(CannotInline):

@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -70,6 +70,7 @@ class Tape:
         draws: whether Python's or numpy's generators were drawn from.
         closes_over: whether a function under ``torch.vmap`` uses more than it is given.
         asks_layout: whether code asked how a tensor lies in memory.
+        leaves: what modules of the user's that stand as one operation, and whose code adds, were first called with.
     """
 
     graph_module: fx.GraphModule
@@ -78,6 +79,7 @@ class Tape:
     draws: bool = False
     closes_over: bool = False
     asks_layout: bool = False
+    leaves: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def decides(self) -> bool:
@@ -112,7 +114,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         with recorder:
             output = model(*args, **kwargs)
         draws = host_states() != host
-    return Tape(recorder.finish(output), kept, recorder.reads_values, draws, recorder.closes_over, recorder.asks_layout)
+    seen = recorder.reads_values, draws, recorder.closes_over, recorder.asks_layout
+    return Tape(recorder.finish(output), kept, *seen, recorder.leaves)
 
 
 class _Recorder(TorchFunctionMode):
@@ -131,6 +134,7 @@ class _Recorder(TorchFunctionMode):
         self.calls: list[Call] = []
         self.count: Counter[str] = Counter()
         self.inside_leaf = 0
+        self.leaves: dict[str, tuple[Any, Any]] = {}
         self.reads_values = False
         self.closes_over = False
         self.asks_layout = False
@@ -196,6 +200,8 @@ class _Recorder(TorchFunctionMode):
                 return plain(module, *args, **kwargs)
         finally:
             self.calls.pop()
+        if not type(module).__module__.startswith("torch.") and may_add(module):
+            self.leaves.setdefault(path, (args, kwargs))
         self.inside_leaf += 1
         try:
             value = plain(module, *args, **kwargs)
@@ -349,7 +355,12 @@ class _Recorder(TorchFunctionMode):
 
         A module that does stands for a step of its own, as it does in a trace.
         """
-        if node.op == "call_module" or node.users or value.is_inference() or version_of(value) != self.versions[id(value)]:
+        if (
+            node.op == "call_module"
+            or node.users
+            or value.is_inference()
+            or version_of(value) != self.versions[id(value)]
+        ):
             return False
         return self.node_of[id(value)] in node.all_input_nodes and not name_of(node).endswith("_")
 
@@ -362,6 +373,7 @@ class _Recorder(TorchFunctionMode):
         keep_plain_tensors(root, self.model)
         root.__dict__.update(self.constants)
         module = _TapeModule(root, self.graph)
+        module.training = self.model.training
         self.alive.clear()
         self.node_of.clear()
         return module

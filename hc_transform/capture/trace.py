@@ -156,7 +156,7 @@ def trace(  # noqa: C901  # one attempt after the other, each with what it falls
             reason = describe(failure.cause)
             log.debug("%s stays a leaf: %s", failure.path, reason)
             opaque[failure.path] = reason
-            if not any(path.startswith(failure.path + ".") for path in inlined):
+            if not failure.of_place and not any(path.startswith(failure.path + ".") for path in inlined):
                 opaque.update({p: reason for p, m in model.named_modules() if type(m) is failed and p in inlined})
     unflatten_row_sums(graph)
     _remove_unused_reads(graph)

@@ -233,9 +233,8 @@ class ValueTracer(fx.Tracer):
             reason = "code that stays whole closes over values that are traced, as functions of attention masks do"
             raise CannotInline(self._paths[-1], reason)
         if not self.probing and _context_state() != self._context:
-            raise CannotInline(
-                self._paths[-1], "it changes the grad mode or autocast state, which a graph does not hold"
-            )
+            reason = "it changes the grad mode or autocast state, which a graph does not hold"
+            raise CannotInline(self._paths[-1], reason, of_place=True)
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None

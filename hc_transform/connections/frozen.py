@@ -17,7 +17,7 @@ def is_frozen(model: nn.Module) -> bool:
         if isinstance(module, Resettable):
             if any(p.requires_grad for p in module.parameters()):
                 return False
-            held = True
+            held = held or next(module.parameters(), None) is not None
     return held and any(p.requires_grad for p in model.parameters())
 
 

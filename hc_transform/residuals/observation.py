@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx, nn
@@ -13,7 +13,7 @@ from ..capture.trace import trace
 from ..models.selection import Hints
 from .find import find_residuals
 from .findings import Findings, Skipped
-from .probe import opaque_adds
+from .probe import opaque_adds, residuals_in_leaves
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def observe(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], 
     leaves = dict.fromkeys(hints.chosen("leaf_modules", model), "leaf_modules names it")
     hints.chosen("inline_modules", model)
     tape = record(model, args, kwargs)
-    return Observation(tape.graph_module, find_residuals(tape.graph_module), tape, refused=leaves)
+    hidden = tuple(residuals_in_leaves(model, tape.leaves))
+    return Observation(tape.graph_module, find_residuals(tape.graph_module), replace(tape, leaves={}), hidden, leaves)
 
 
 def observe_unrun(model: nn.Module, hints: Hints) -> Observation:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,8 @@ from .find import find_residuals
 from .findings import Reason, Skipped
 
 log = logging.getLogger("hc_transform")
+
+LEAF = "a norm, an activation or a gate by all that it does, which streams pass as one operation"
 
 
 def opaque_adds(model: nn.Module, wide: Trace) -> list[Skipped]:
@@ -31,6 +34,25 @@ def opaque_adds(model: nn.Module, wide: Trace) -> list[Skipped]:
             rows += [replace(whole, location=place or whole.location) for place in places]
         elif not wide.has_values and _may_add(module):  # there are no example inputs, or it was not called on them
             rows.append(whole)
+    return rows
+
+
+def residuals_in_leaves(model: nn.Module, leaves: Mapping[str, tuple[Any, Any]]) -> list[Skipped]:
+    """Return a verdict for each residual in modules that stand as one operation in a recorded run.
+
+    What is found in the first module of a class holds for all of them.
+
+    Args:
+        model: that was recorded.
+        leaves: what those modules were called with, by path.
+    """
+    found: dict[type, list[str]] = {}
+    rows = []
+    for path, call in leaves.items():
+        module = model.get_submodule(path)
+        if type(module) not in found:
+            found[type(module)] = [place for place in _adds(module, *call) if place]
+        rows += [Skipped(path, path, place, Reason.OPAQUE, LEAF) for place in found[type(module)]]
     return rows
 
 
