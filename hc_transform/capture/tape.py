@@ -384,6 +384,7 @@ class _Recorder(TorchFunctionMode):
         plain_call = nn.Module.__call__
         plain_apply = torch.autograd.Function.__dict__["apply"]
         plain_vmap = torch._functorch.apis.vmap_impl  # type: ignore[attr-defined]  # which it imports
+        plain_script: Any = torch.jit.ScriptFunction.__call__
         recorder, thread = self, threading.get_ident()
 
         def vmap(func: Any, *given: Any, **kwargs: Any) -> Any:
@@ -410,7 +411,15 @@ class _Recorder(TorchFunctionMode):
             recorder._results(recorder._node("call_function", AppliedFunction(cls), args, kwargs), value)
             return value
 
+        def script(function: Any, *args: Any, **kwargs: Any) -> Any:
+            if recorder.inside_leaf or threading.get_ident() != thread:
+                return plain_script(function, *args, **kwargs)
+            value = plain_script(function, *args, **kwargs)
+            recorder._results(recorder._node("call_function", function, args, kwargs), value)
+            return value
+
         with replaced(
+            (torch.jit.ScriptFunction, "__call__", script),
             (nn.Module, "__call__", call),
             (torch.autograd.Function, "apply", classmethod(apply)),
             (torch._functorch.apis, "vmap_impl", vmap),

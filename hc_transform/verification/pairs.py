@@ -156,13 +156,8 @@ class Pair:
             if name in left and (error := streams_error(streams, left.pop(name))):
                 wrong.setdefault(name, error)
 
-        try:
-            outputs = run_like(self.converted, self.args, self.kwargs, self._watched(compare_streams))
-        except NEVER_HIDDEN:
-            raise
-        except Exception as failure:  # noqa: BLE001  # of the user's code, which runs as often as it is looked at
-            log.info("no residual is named, for the blocks cannot be looked into: %s", failure)
-            wrong, outputs = {}, self.run_converted()
+        outputs, told = self._run_watched(compare_streams)
+        wrong = wrong if told else {}
         actual = tensors_of(outputs)
         dtype = next((t.dtype for t in actual if t.is_floating_point()), torch.float32)
         error = relative_error(actual, tensors_of(expected))
@@ -170,11 +165,19 @@ class Pair:
             wrong[OUTPUTS] = error
         return wrong
 
-    def _watched(self, observe: Observe) -> Callable[..., Any]:
-        """Return what runs the converted model and tells ``observe`` of the streams after each residual."""
+    def _run_watched(self, observe: Observe) -> tuple[Any, bool]:
+        """Return the converted model's outputs, and whether ``observe`` was told of the streams after each residual."""
         if isinstance(self.converted, fx.GraphModule):
-            return watched_graph(self.converted, observe, self.wide)
-        return watched_blocks(self.converted, observe)
+            with failures_of("the converted graph", self.original):
+                run = watched_graph(self.converted, observe, self.wide)
+                return run_like(self.converted, self.args, self.kwargs, run), True
+        try:
+            return run_like(self.converted, self.args, self.kwargs, watched_blocks(self.converted, observe)), True
+        except NEVER_HIDDEN:
+            raise
+        except Exception as failure:  # noqa: BLE001  # of the user's code, which runs as often as it is looked at
+            log.info("no residual is named, for the blocks cannot be looked into: %s", failure)
+        return self.run_converted(), False
 
     def doubled(self) -> Pair | None:
         """Return copies in double precision; None if all tensors of the model are."""

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..capture.trace import bind_inputs
 from ..graphs import meta
 from ..graphs.dialects import inputs_of
 from ..residuals.keys import relative
@@ -27,9 +26,11 @@ def watched_graph(converted: fx.GraphModule, observe: Observe, wide: bool = Fals
     teller = _Teller(converted)
     teller.tell, teller.wide = observe, wide
 
+    signature = inspect.signature(converted.forward)
+
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = inputs_of(converted, args, kwargs)
-        return teller.run_on(**(bind_inputs(converted, args, kwargs) if given is None else given))
+        return teller.run_on(**(signature.bind(*args, **kwargs).arguments if given is None else given))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         converted.__dict__["forward"] = forward  # so that its own hooks are called
