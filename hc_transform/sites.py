@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,7 +73,7 @@ def sites_of(model: nn.Module) -> list[Site]:
         for record in report_in(module).converted:
             if record.name not in paths:  # its module was replaced
                 continue
-            connection: Any = _at(module, paths[record.name])
+            connection: Any = operator.attrgetter(paths[record.name])(module)  # through a wrapper's, PEFT's, too
             call = seen[id(connection)] = seen.get(id(connection), -1) + 1
             sites.append(Site(record, _joined(root, paths[record.name]), connection, call))
     return sites
@@ -106,14 +107,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def _at(model: nn.Module, path: str) -> Any:
-    """Return what is at a path, through the attributes that a wrapper (PEFT's) passes on."""
-    found: Any = model
-    for name in path.split("."):
-        found = getattr(found, name)
-    return found
 
 
 def _joined(*parts: str) -> str:

@@ -507,7 +507,7 @@ class ValueTracer(fx.Tracer):
         """Return the operation's value and those argument tensors that it changed in place."""
         if kind == "get_attr":
             with self._untraced():
-                return _attribute(self.root, target), []
+                return operator.attrgetter(target)(self.root), []
         unknown = False
 
         def value_of(a: Any) -> Any:
@@ -724,10 +724,3 @@ def _read_twice(kind: str, target: Any, args: Any, node_args: Any, node_kwargs: 
     except TypeError:
         return None
     return key
-
-
-def _attribute(root: nn.Module, target: str) -> Any:
-    value: Any = root
-    for atom in target.split("."):
-        value = getattr(value, atom)
-    return value

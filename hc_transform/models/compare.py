@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..streams.hook_readouts import OPAQUE
 from ..streams.trunk_value import TrunkValue
+from .state import slots_of
 
 NO_VALUES = "no values on the meta device"
 ATOMS = (str, bytes, bool, int, float, complex, type(None), Enum, range, slice)
@@ -167,12 +168,7 @@ def _parts(value: Any) -> dict[str, Any] | None:
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
-    found = dict(value.__dict__) if hasattr(value, "__dict__") else {}
-    for cls in type(value).__mro__:
-        slots = cls.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-                found.setdefault(name, getattr(value, name))
+    found = {**slots_of(value), **getattr(value, "__dict__", {})}
     return {f".{name}": found[name] for name in sorted(found)} or None
 
 

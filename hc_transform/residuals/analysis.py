@@ -126,7 +126,7 @@ def _captured(plan: Plan, known: Sequence[Identity], traced: Trace) -> tuple[Ana
     captured = replace(captured, skipped=plan.skipped)
     names = {r.add: r.name for r in captured.residuals}
     whole = {str(k.name): stayed_whole(k, traced.opaque) for k in absent}
-    missing = {str(k.name): whole[str(k.name)] or hidden_by(k, findings, extra, {}) or NOT_SHOWN for k in absent}
+    missing = {str(k.name): whole[str(k.name)] or hidden_by(k, findings, extra) or NOT_SHOWN for k in absent}
     missing.update({r.name: NOT_SHOWN for r in residuals if r.name not in names.values()})
     ways = with_ways(identities(findings.residuals, names), captured.trunks)
     return Analysis(captured, traced, ways, plan), missing, any(whole.values())
@@ -194,7 +194,8 @@ def analyse_again(  # noqa: PLR0913  # what the first trace knew
     findings = find_residuals(traced.graph_module)
     selected, missing, extra = recognised(findings, known)
     for identity in missing:
-        refuse_hidden(identity, hidden_by(identity, findings, extra, traced.opaque), change)
+        why = stayed_whole(identity, traced.opaque) or hidden_by(identity, findings, extra)
+        refuse_hidden(identity, why, change)
     if extra and not loose:
         raise TraceError(
             f"for these inputs the model has other residuals than those that were converted: "

@@ -179,19 +179,13 @@ def _covered(one: frozenset[str], other: frozenset[str]) -> float:
     return sum(any(related(p, q) for q in other) for p in one) / len(one)
 
 
-def hidden_by(
-    identity: Identity, findings: Findings, extra: Iterable[Residual], opaque: Mapping[str, str]
-) -> str | None:
+def hidden_by(identity: Identity, findings: Findings, extra: Iterable[Residual]) -> str | None:
     """Return why a residual that is not found may be there all the same, None if the code does without it.
 
     Args:
         identity: what it is known by.
         findings, extra: of the new trace, and those among its residuals that were not there before.
-        opaque: modules that stayed whole in it, with the reason.
     """
-    whole = stayed_whole(identity, opaque)
-    if whole is not None:
-        return whole
     for skipped in findings.skipped:
         if skipped.module == identity.module and identity.lines and skipped.location == identity.lines[0]:
             return f"its add is none now: {skipped}"
@@ -211,7 +205,7 @@ def refuse_hidden(identity: Identity, why: str | None, change: object = None) ->
 
     Args:
         identity: what it is known by.
-        why: of :func:`hidden_by`.
+        why: of :func:`stayed_whole` or :func:`hidden_by`.
         change: what led to the new trace.
     """
     if why is not None:
