@@ -21,7 +21,7 @@ from ..graphs.source_lines import is_library_code
 from ..streams.in_place import name_of
 from ..threads import replaced
 from .add_bytecode import ADD_NAMES
-from .proxy import UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
+from .proxy import CHANGES_GRAD_MODE, UNKNOWN, AppliedFunction, CannotInline, ScriptedFunction, ValueProxy, is_compiled
 from .recorder import Recorder
 from .vmapped import record_vmap
 
@@ -41,7 +41,7 @@ class _RecordCalls(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, func = kwargs or {}, getattr(func, "hc_plain", func)
         if self.tracer.evaluating:
             return func(*args, **kwargs)
         leaves = pytree.tree_leaves((args, kwargs))
@@ -135,6 +135,7 @@ def patched(tracer: Recorder) -> Iterator[None]:  # noqa: C901  # one small func
     plain_grad_mode = torch.is_grad_enabled
     plain_vmap = torch._functorch.apis.vmap_impl  # type: ignore[attr-defined]  # which it imports
     plain_enter = torch.autocast.__enter__
+    plain_turn_on, plain_set = torch.enable_grad.__enter__, torch.set_grad_enabled.__init__
     plain_factories = {name: getattr(torch, name) for name in FACTORIES}
     plain_limits = {name: getattr(torch, name) for name in ("finfo", "iinfo")}
     plain_script = torch._C.ScriptFunction.__call__
@@ -156,6 +157,19 @@ def patched(tracer: Recorder) -> Iterator[None]:  # noqa: C901  # one small func
         ):  # also one that changes nothing now: it would under another state
             raise CannotInline(tracer._paths[-1], "it sets the autocast state, which a graph does not hold")
         return plain_enter(region)
+
+    def turn_on(region: torch.enable_grad) -> None:
+        refuse_grad_mode(True)
+        plain_turn_on(region)
+
+    def set_grad_mode(region: torch.set_grad_enabled, mode: bool) -> None:
+        refuse_grad_mode(mode)
+        plain_set(region, mode)
+
+    def refuse_grad_mode(mode: bool) -> None:
+        """Refuse to turn on gradients, which are on in a trace, so that no operation would show it."""
+        if tracer.is_tracing() and not tracer.probing and mode and plain_grad_mode():
+            raise CannotInline(tracer._paths[-1], CHANGES_GRAD_MODE)
 
     training = property(
         lambda module: tracer.training_flag(module),
@@ -183,6 +197,8 @@ def patched(tracer: Recorder) -> Iterator[None]:  # noqa: C901  # one small func
             (torch._functorch.apis, "vmap_impl", vmap),
             (torch, "is_grad_enabled", is_grad_enabled),
             (torch.autocast, "__enter__", enter),
+            (torch.enable_grad, "__enter__", turn_on),
+            (torch.set_grad_enabled, "__init__", set_grad_mode),
             (torch._C.ScriptFunction, "__call__", call_script),
             (builtins, "isinstance", value_isinstance),
             (builtins, "callable", value_callable),
@@ -221,6 +237,7 @@ def _unbound(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
                 return tracer.create_proxy("call_method", name, args, kwargs)
             return plain(*args, **kwargs)
 
+        method.hc_plain = plain  # type: ignore[attr-defined]  # torch asks the class for what it calls
         return method
 
     for name in UNBOUND:

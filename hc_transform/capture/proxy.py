@@ -32,6 +32,7 @@ UNKNOWN = Unknown()
 HELD_WHOLE = (torch.nn.Module, *OPAQUE)
 ABOUT_GRADIENTS = frozenset({"requires_grad", "grad_fn", "is_leaf"})
 SET_OF_TENSORS = frozenset({"data", "grad", "requires_grad", "real", "imag"})
+CHANGES_GRAD_MODE = "it changes the grad mode or autocast state, which a graph does not hold"
 
 
 class CannotInline(Exception):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import enum
 import functools
-import operator
 import pickle
 import sys
 import types
@@ -42,7 +41,7 @@ class Read:
         home: path of the module that holds it, or ``module:`` and the name of a Python module for a global.
         steps: how to come from there to the value.
         expected: the value or function, :func:`frozen` of a container, or one of the markers :class:`Same`,
-            :class:`SameEntries`, :class:`Absent`, :class:`Present`.
+            :class:`SameEntries`, :class:`Absent`, :class:`Present`, :class:`Held`.
     """
 
     home: str
@@ -64,6 +63,10 @@ class Absent:
 
 class Present:
     """Stands for a parameter or buffer that is a tensor: code may ask whether it is None."""
+
+
+class Held:
+    """Stands for a tensor in a container, an object or a global, which a graph reads anew on every call."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ def is_plain(value: Any) -> bool:
 
 def _is_compiled(expected: Any) -> bool:
     """Whether compiled code checks it too; what else it reads the compiler guards itself."""
+    if expected is Held:
+        return False
     if expected is Absent or expected is Present or type(expected) is Count or is_plain(expected):
         return True
     if isinstance(expected, Frozen) and expected.kind in (list, tuple, slice) and type(expected.entries) is tuple:
@@ -210,7 +215,7 @@ def _replaced(structure: tuple[list[Any], ...], objects: list[Any], lists: list[
         value = find()
         if not isinstance(value, (list, tuple)) or len(value) != len(entries):
             return f"{read} holds other entries than while tracing"
-        if any(map(operator.is_not, value, entries)):
+        if any(now is not was and not _are_tensors(now, was) for now, was in zip(value, entries, strict=True)):
             return f"{read} holds other entries than while tracing"
     for holder, name, module, path in modules:
         if holder.get(name) is not module:
@@ -223,9 +228,13 @@ def _replaced(structure: tuple[list[Any], ...], objects: list[Any], lists: list[
     return code.change()
 
 
+def _are_tensors(now: Any, was: Any) -> bool:
+    return isinstance(now, torch.Tensor) and isinstance(was, torch.Tensor)
+
+
 def _changed(read: Read, value: Any) -> str:
     now = "gone" if value is _MISSING else repr(value.entries if isinstance(value, Frozen) else value)
-    if read.expected is Absent or read.expected is Present:
+    if read.expected in (Absent, Present, Held):
         return f"{read} is {'there' if read.expected is Absent else 'no tensor'} now, as it was not while tracing"
     was = read.expected.entries if isinstance(read.expected, Frozen) else read.expected
     return f"{read} was {was!r} while tracing and is {now} now"
@@ -245,30 +254,33 @@ def _places(reads: Iterable[Read], root: nn.Module) -> tuple[list[Any], list[Any
     code = CodeGuards()
     for read in reads:
         if type(read.expected) is Code:
-            value = _find(read, root)
+            value = find(read, root)
             if value is not _MISSING:
                 code.add_code(value, read.expected, str(read))
             continue
         if read.expected is Absent:
-            slow.append((functools.partial(_find, read, root), _MISSING, read))
+            slow.append((functools.partial(find, read, root), _MISSING, read))
             continue
         if type(read.expected) is Count:
             slow.append((functools.partial(_length_of, read.home, root), read.expected.number, read))
+            continue
+        if read.expected is Held:
+            slow.append((functools.partial(_finds_tensor, read, root), True, read))
             continue
         if read.expected is Present:
             slow.append((functools.partial(_is_tensor, read.steps[-1][1], _dictionary_of(read, root)), True, read))
             continue
         holder, key = _holder(read, root), read.steps[-1][1]
         if read.expected is SameEntries:
-            found = _find(read, root)
+            found = find(read, root)
             entries = tuple(found) if isinstance(found, (list, tuple)) else ()
-            lists.append((functools.partial(_find, read, root), entries, read))
+            lists.append((functools.partial(find, read, root), entries, read))
             continue
         if holder is not None and isinstance(read.expected, Frozen) and issubclass(read.expected.kind, dict):
             objects.append((holder, key, dict.get(holder, key), read))
         if holder is None:
             if read.expected is not Same:
-                slow.append((functools.partial(_find, read, root), read.expected, read))
+                slow.append((functools.partial(find, read, root), read.expected, read))
         elif isinstance(read.expected, FUNCTIONS) and read.expected is not Same and type(holder) is dict:
             code.add(holder, key, read.expected, str(read))
         elif read.expected is Same:
@@ -286,7 +298,7 @@ def _holder(read: Read, root: nn.Module) -> dict[Any, Any] | None:
     The objects on the way to it are compared by themselves, so that they can be passed through once.
     """
     try:
-        owner = _follow(_home(read.home, root), read.steps[:-1])
+        owner = follow(_home(read.home, root), read.steps[:-1])
     except (AttributeError, KeyError, IndexError, TypeError):
         return None
     how, key = read.steps[-1]
@@ -296,11 +308,54 @@ def _holder(read: Read, root: nn.Module) -> dict[Any, Any] | None:
     return holder if isinstance(holder, dict) and dict.__contains__(holder, key) else None
 
 
-def _find(read: Read, root: nn.Module) -> Any:
+def read_held(attributes: dict[str, Any], *steps: Step) -> Any:
+    """Return what a module holds in a container or an object; the first step is into its attributes."""
+    return follow(attributes, steps)
+
+
+class GlobalTensor:
+    """Reads a tensor that a global or an attribute of a class is or holds, under a name that generated code can use.
+
+    Args:
+        home: the name of a Python module, or a class.
+        steps: how to come from there to the tensor.
+    """
+
+    def __init__(self, home: str | type, steps: tuple[Step, ...]) -> None:
+        self.home, self.steps = home, steps
+        self.__name__ = self.__qualname__ = f"global_{steps[0][1]}"
+
+    def __call__(self) -> Any:
+        """Return the tensor that is there now."""
+        return follow(sys.modules[self.home] if isinstance(self.home, str) else self.home, self.steps)
+
+    def __eq__(self, other: object) -> bool:
+        return type(other) is GlobalTensor and (self.home, self.steps) == (other.home, other.steps)
+
+    def __hash__(self) -> int:
+        return hash((self.home, self.steps))
+
+
+def home_of_global(read: Read, root: nn.Module) -> str | type | None:
+    """Return the Python module or the class that holds what was read, None if a module of ``root`` does."""
+    if read.home.startswith("module:"):
+        return read.home.removeprefix("module:")
+    module, name = root.get_submodule(read.home), read.steps[0][1]
+    if name in module.__dict__:
+        return None
+    return next((cls for cls in type(module).__mro__ if name in vars(cls)), None)
+
+
+def find(read: Read, root: nn.Module) -> Any:
+    """Return what stands where a value was read; ``_MISSING`` if nothing does."""
     try:
-        return _follow(_home(read.home, root), read.steps)
+        return follow(_home(read.home, root), read.steps)
     except (AttributeError, KeyError, IndexError, TypeError):
         return _MISSING
+
+
+def _finds_tensor(read: Read, root: nn.Module) -> bool:
+    return isinstance(find(read, root), torch.Tensor)
 
 
 def _dictionary_of(read: Read, root: nn.Module) -> dict[str, Any]:
@@ -326,7 +381,8 @@ def _home(home: str, root: nn.Module) -> Any:
     return root.get_submodule(home)
 
 
-def _follow(value: Any, steps: Iterable[Step]) -> Any:
+def follow(value: Any, steps: Iterable[Step]) -> Any:
+    """Return what steps lead to from ``value``."""
     for how, key in steps:
         value = getattr(value, key) if how == "attribute" else value[key]
     return value

@@ -43,6 +43,7 @@ from ..streams.in_place import version_of
 from .patches import patched
 from .placeholders import is_entry_of_input, place_inputs
 from .proxy import (
+    CHANGES_GRAD_MODE,
     UNKNOWN,
     AsksForGradients,
     CannotInline,
@@ -53,7 +54,7 @@ from .proxy import (
     holds_proxies,
     is_compiled,
 )
-from .python_state import Absent
+from .python_state import Absent, GlobalTensor, Read, home_of_global, read_held
 from .stored_attributes import read_stored
 from .watch import Watch, unwatched
 
@@ -233,8 +234,7 @@ class ValueTracer(fx.Tracer):
             reason = "code that stays whole closes over values that are traced, as functions of attention masks do"
             raise CannotInline(self._paths[-1], reason)
         if not self.probing and _context_state() != self._context:
-            reason = "it changes the grad mode or autocast state, which a graph does not hold"
-            raise CannotInline(self._paths[-1], reason, of_place=True)
+            raise CannotInline(self._paths[-1], CHANGES_GRAD_MODE, of_place=True)
 
     def create_node(
         self, kind: str, target: Any, args: Any, kwargs: Any, name: Any = None, type_expr: Any = None
@@ -344,12 +344,36 @@ class ValueTracer(fx.Tracer):
         return self._tensors[target]
 
     def is_own_tensor(self, value: Any) -> bool:
-        """Whether ``value`` is a parameter or a buffer of the model."""
-        return id(value) in self._own
+        """Whether ``value`` is a tensor that the model holds, or that code reads from a global."""
+        return id(value) in self._own or self._held(value) is not None
 
     def own_tensor(self, value: Any) -> Any:
-        """Return a proxy for a parameter or a buffer of the model; any other value as it is."""
-        return self._tensor_at(self._own[id(value)]) if id(value) in self._own else value
+        """Return a proxy for a tensor that the model holds or code reads from a global; any other value as it is."""
+        if id(value) in self._own:
+            return self._tensor_at(self._own[id(value)])
+        read = self._held(value)
+        return value if read is None else self._held_tensor(read, value)
+
+    def _held(self, value: Any) -> Read | None:
+        """Return where a tensor stands that is in a container, an object or a global."""
+        if not isinstance(value, torch.Tensor) or isinstance(value, fx.Proxy) or not self.is_tracing():
+            return None
+        with unwatched():
+            return self.watch.held_at(value)
+
+    def _held_tensor(self, read: Read, value: torch.Tensor) -> ValueProxy:
+        key = "held", read.home, read.steps
+        if key not in self._known:
+            home = home_of_global(read, self.root)
+            if home is not None:
+                node = self.create_node("call_function", GlobalTensor(home, read.steps), (), {})
+            else:
+                attributes = f"{read.home}.__dict__" if read.home else "__dict__"
+                owner = self.create_node("get_attr", attributes, (), {})
+                (_, name), *further = read.steps
+                node = self.create_node("call_function", read_held, (owner, ("entry", name), *further), {})
+            self._known[key] = self._proxy_of(node, value)
+        return self._known[key]
 
     def _read_stored(self, path: str, name: str, value: Any) -> Any:
         """Return what a module that stays whole stored in an attribute in this call, such as a loss of its own."""
@@ -398,6 +422,8 @@ class ValueTracer(fx.Tracer):
             a = a.item()  # a number, whose name in code would be of numpy
         if isinstance(a, fx.node.base_types) and not isinstance(a, torch.Tensor):
             return a
+        if isinstance(a, torch.Tensor) and (read := self._held(a)) is not None:
+            return self._held_tensor(read, a).node
         try:
             return super().create_arg(a)
         except NotImplementedError:

@@ -33,7 +33,20 @@ from ..models.state import (
     state_of,
 )
 from .code_guards import Code, code_of, is_library
-from .python_state import FUNCTIONS, LONGEST, Absent, Frozen, Read, Same, SameEntries, Step, frozen, is_plain
+from .python_state import (
+    FUNCTIONS,
+    LONGEST,
+    Absent,
+    Frozen,
+    Held,
+    Read,
+    Same,
+    SameEntries,
+    Step,
+    find,
+    frozen,
+    is_plain,
+)
 
 LARGEST_TENSOR = 1 << 20  # entries of a tensor whose values are compared
 _DisableTorchFunction: Any = torch._C.DisableTorchFunction  # so that what is looked at is not traced
@@ -62,6 +75,8 @@ class Watch:
         self.closures: dict[Key, tuple[Any, Any, str]] = {}  # as they were, and who read them
         self.shared = SharedState(root, is_on, where)
         self.names = self.shared.names
+        self._held: dict[int, Read] = {}  # by the tensors' ids
+        self._looked_at: tuple[int, ...] | None = None
 
     def read(self, module: nn.Module, name: str, value: Any) -> None:
         """Note that traced code read an attribute of a module."""
@@ -91,6 +106,15 @@ class Watch:
                 yield where, name
 
     # -- what was read
+
+    def held_at(self, tensor: torch.Tensor) -> Read | None:
+        """Return where a tensor stands that traced code came by through what it read, None if it made it."""
+        seen = len(self.reads), len(self.names), len(self.shared.seen)
+        if seen != self._looked_at:
+            self._looked_at = seen
+            places = ((id(find(read, self.root)), read) for read in self.guards() if read.expected is Held)
+            self._held = dict(places)
+        return self._held.get(id(tensor))
 
     def guards(self) -> tuple[Read, ...]:
         """Return a guard for everything that was read."""
@@ -139,7 +163,11 @@ class Watch:
         if isinstance(value, nn.Module):
             yield from self._guards_of_module(home, steps, value)
             return
-        if isinstance(value, (torch.Tensor, fx.Proxy)) or is_generator(value):
+        if isinstance(value, torch.Tensor) and not isinstance(value, fx.Proxy):
+            if not any(str(key).startswith("__") for _, key in steps):  # what functions close over
+                yield Read(home, steps, Held)
+            return
+        if isinstance(value, fx.Proxy) or is_generator(value):
             return
         if isinstance(value, types.ModuleType):
             if depth == 0 and not is_library(value.__name__):

@@ -196,7 +196,7 @@ def analyse_again(  # noqa: PLR0913  # what the first trace knew
     for identity in missing:
         why = stayed_whole(identity, traced.opaque) or hidden_by(identity, findings, extra)
         refuse_hidden(identity, why, change)
-    if extra and not loose:
+    if extra:
         raise TraceError(
             f"for these inputs the model has other residuals than those that were converted: "
             f"{', '.join(r.name for r in extra)} at {extra[0].location}. {change or ''} Convert another copy of the "

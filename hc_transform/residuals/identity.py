@@ -15,7 +15,7 @@ from torch import fx
 
 from ..errors import TraceError
 from ..graphs import meta
-from .findings import Findings, Residual
+from .findings import Findings, Reason, Residual
 from .trunks import Trunk, way_between
 
 DEPTH = 2  # atoms of a path, below the module that adds, that tell branches apart
@@ -49,6 +49,7 @@ class Identity:
         call: which call of the module it is in, within that of the module around, and so on.
         next: the residual that comes after it on its trunk.
         way: the operations that lead there, carried on its streams.
+        elsewhere: whether another residual of the other trace uses modules of its branch.
     """
 
     name: str | None
@@ -58,6 +59,7 @@ class Identity:
     call: tuple[int, ...] = ()
     next: str | None = None
     way: frozenset[Operation] = frozenset()
+    elsewhere: bool = False
 
 
 def identities(residuals: Iterable[Residual], names: Mapping[fx.Node, str], below: str = "") -> tuple[Identity, ...]:
@@ -139,6 +141,33 @@ def recognised(
 
 
 def _aligned(known: Sequence[Identity], found: Sequence[Identity]) -> list[tuple[int, int]]:
+    """Return pairs of equal residuals: of one branch in any order, the others in the order of both.
+
+    Code may run its layers in another order; what tells those of one branch apart is which comes first.
+    """
+    ours, theirs = _by_branch(known), _by_branch(found)
+    pairs = []
+    for branch in ours.keys() & theirs.keys():
+        if branch and len(ours[branch]) == len(theirs[branch]):
+            a, b = ours[branch], theirs[branch]
+            pairs += [(a[i], b[j]) for i, j in _in_order([known[i] for i in a], [found[j] for j in b])]
+    a = sorted(set(range(len(known))) - {i for i, _ in pairs})
+    b = sorted(set(range(len(found))) - {j for _, j in pairs})
+    used_before = frozenset(path for identity in known for path in identity.branch)
+    used_now = frozenset(path for identity in found for path in identity.branch)
+    left = [replace(known[i], elsewhere=bool(known[i].branch & used_now)) for i in a]
+    new = [replace(found[j], elsewhere=bool(found[j].branch & used_before)) for j in b]
+    return pairs + [(a[i], b[j]) for i, j in _in_order(left, new)]
+
+
+def _by_branch(residuals: Sequence[Identity]) -> dict[frozenset[str], list[int]]:
+    places: dict[frozenset[str], list[int]] = {}
+    for i, identity in enumerate(residuals):
+        places.setdefault(identity.branch, []).append(i)
+    return places
+
+
+def _in_order(known: Sequence[Identity], found: Sequence[Identity]) -> list[tuple[int, int]]:
     """Return pairs of equal residuals, in the order of both, that are alike the most."""
     best = [[0.0] * (len(found) + 1) for _ in range(len(known) + 1)]
     for i in range(len(known) - 1, -1, -1):
@@ -169,6 +198,8 @@ def _likeness_of_code(a: Identity, b: Identity) -> float:
     if not a.branch or not b.branch:
         return 1.0 if same_lines or not a.branch and not b.branch else 0.0
     common = _covered(a.branch, b.branch) + _covered(b.branch, a.branch)
+    if not common and (a.elsewhere or b.elsewhere):
+        return 0.0  # a loop over layers: the line is that of all of them
     return common + 0.5 * same_lines
 
 
@@ -188,8 +219,15 @@ def hidden_by(identity: Identity, findings: Findings, extra: Iterable[Residual])
     """
     for skipped in findings.skipped:
         if skipped.module == identity.module and identity.lines and skipped.location == identity.lines[0]:
-            return f"its add is none now: {skipped}"
+            if skipped.reason is not Reason.MERGED or _merged_now(identity, findings):
+                return f"its add is none now: {skipped}"
     return "the module has others in its place" if any(r.module == identity.module for r in extra) else None
+
+
+def _merged_now(identity: Identity, findings: Findings) -> bool:
+    """Whether a sum that is one residual has the residual's branch among others."""
+    sums = identities((r for r in findings.residuals if r.absorbed and r.module == identity.module), {})
+    return any(identity.branch < one.branch for one in sums)
 
 
 def stayed_whole(identity: Identity, opaque: Mapping[str, str]) -> str | None:

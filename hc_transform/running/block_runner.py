@@ -179,7 +179,7 @@ class BlockRunner:
         own = list(self.variants.get(key, ()))
         yield from own
         for other, variants in list(self.variants.items()):
-            if other[0] == key[0] and other[2] == key[2]:
+            if other[0] == key[0] and other[2] == key[2] and _form(other[3:]) == _form(key[3:]):
                 yield from (v for v in variants if v not in own and not v.needs.late)
 
     def _run_compiled(self, block: nn.Module, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -397,3 +397,10 @@ def _kind(value: Any) -> Any:
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return type(value), *((key, _kind(v)) for key, v in value.items())
     return type(value)
+
+
+def _form(kind: Any) -> Any:
+    """Return what is left of a kind without the dtypes and dimensions of tensors."""
+    if not isinstance(kind, tuple):
+        return kind
+    return torch.Tensor if kind and isinstance(kind[0], torch.dtype) else tuple(map(_form, kind))
