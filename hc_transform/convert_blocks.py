@@ -75,7 +75,7 @@ def analyse_blocks(
         chosen = [r for r in chosen if r not in uneven]
     options = replace(options, keep_layout=observed.asks_layout)
     plan = replace(plan, skipped=(*plan.skipped, *excluded, *homeless.values(), *observed.hidden), options=options)
-    return plan_blocks(plan, holders, findings.residuals, share_calls=share_calls, apart=apart, refused=refused)
+    return plan_blocks(plan, holders, findings, share_calls=share_calls, apart=apart, refused=refused)
 
 
 def _with_graphs(

@@ -79,7 +79,7 @@ def _checked(tracer: Recorder, parameter: inspect.Parameter, proxy: ValueProxy, 
         tracer.graph.call_function(guards.check_keys, (proxy.node, tuple(value), f"**{name}"))
     elif name in tracer.loose:
         return proxy
-    elif value is not UNKNOWN and is_constant(value):
+    elif value is not UNKNOWN and is_constant(value) and value != []:  # which code may fill
         tracer.graph.call_function(guards.check_input, (proxy.node, value, name))
         return value
     elif proxy.node.args == (None,) and parameter.default in (None, parameter.empty) and value is not UNKNOWN:

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..graphs import guards, meta
 from ..graphs.aliases import layout_of, memory_of
-from ..graphs.operations import set_item
+from ..graphs.operations import set_attribute, set_item
 from ..models.state import OPAQUE
 from .asserts import assert_of, check_assert
 from .recorder import Recorder
@@ -32,6 +32,7 @@ UNKNOWN = Unknown()
 HELD_WHOLE = (torch.nn.Module, *OPAQUE)
 ABOUT_GRADIENTS = frozenset({"requires_grad", "grad_fn", "is_leaf"})
 SET_OF_TENSORS = frozenset({"data", "grad", "requires_grad", "real", "imag"})
+OF_PROXIES = frozenset({"node", "tracer", "hc_value"})
 CHANGES_GRAD_MODE = "it changes the grad mode or autocast state, which a graph does not hold"
 
 
@@ -178,7 +179,10 @@ class ValueProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = self.__dict__.get("hc_value")
+        own = self.__dict__.get("hc_value", UNKNOWN)
+        if name not in OF_PROXIES and own is not UNKNOWN and not isinstance(own, torch.Tensor):
+            self.tracer.create_proxy("call_function", set_attribute, (self, name, value), {})
+            return
         if name not in SET_OF_TENSORS or not isinstance(own, torch.Tensor):
             super().__setattr__(name, value)
             return

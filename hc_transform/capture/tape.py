@@ -197,7 +197,9 @@ class _Recorder(TorchFunctionMode):
             if written is not None:
                 return written(*args, **kwargs)
             if path == "" or not self._is_leaf(module) or several and may_add(module):
-                return plain(module, *args, **kwargs)
+                value = plain(module, *args, **kwargs)
+                self._note_given_back(path, (args, kwargs), value)
+                return value
         finally:
             self.calls.pop()
         if not type(module).__module__.startswith("torch.") and may_add(module):
@@ -209,6 +211,13 @@ class _Recorder(TorchFunctionMode):
             self.inside_leaf -= 1
         self._results(self._node("call_module", path, args, kwargs), value)
         return value
+
+    def _note_given_back(self, path: str, given: Any, value: Any) -> None:
+        """Note which of its inputs a module returned: in a graph that does not look into it they are others."""
+        inputs = {id(tensor) for tensor in tensors_in(given)}
+        for tensor in tensors_in(value):
+            if id(tensor) in inputs and (node := self.node_of.get(id(tensor))) is not None:
+                meta.GIVEN_BACK.set(node, (*meta.GIVEN_BACK.of(node), path))
 
     def vmap(self, plain: Any, func: Any, settings: tuple[Any, ...], args: Any, kwargs: Any) -> Any:
         """Record a call of what ``torch.vmap`` returned as one, also of what its function closes over."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import inspect
@@ -56,7 +57,7 @@ from .proxy import (
 )
 from .python_state import Absent, GlobalTensor, Read, home_of_global, read_held
 from .stored_attributes import read_stored
-from .watch import Watch, unwatched
+from .watch import Watch, differing_state, unwatched
 
 
 class ValueTracer(fx.Tracer):
@@ -120,6 +121,7 @@ class ValueTracer(fx.Tracer):
         self._number: tuple[int, ...] = ()  # which call this is, within that of the module around, and so on
         self._known: dict[Any, ValueProxy] = {}
         self._value_of: dict[fx.Node, Any] = {}
+        self._made: dict[int, ValueProxy] = {}  # tensors that this code computed, by their ids
         self._inlines_all = False
         self.inlined_within: set[str] = set()
         self._decided: set[Any] = set()
@@ -166,9 +168,15 @@ class ValueTracer(fx.Tracer):
         forward = self.root.forward  # bound, so that one set on the instance counts
         args, kwargs = place_inputs(self, inspect.signature(forward), self.inputs)
 
+        lists = [value for value in (*args, *kwargs.values()) if type(value) is list]  # of constants
+        before = copy.deepcopy(lists)
+
         def call() -> Any:
             with self.watch.shared.profiled():
-                return forward(*args, **kwargs)
+                output = forward(*args, **kwargs)
+            if not self.probing and differing_state(before, lists):
+                raise CannotInline("", "its code changes a list of numbers that it is given, which a graph would not")
+            return output
 
         return call, []
 
@@ -207,6 +215,8 @@ class ValueTracer(fx.Tracer):
         value, changed = self._value(kind, target, args, kwargs)
         if known is not None and known.hc_value is value:
             return known
+        if is_entry and id(value) in self._made:
+            return self._made[id(value)]
         node = self.create_node(kind, target, node_args, node_kwargs, name, type_expr)
         if value is None:
             if target in (operator.getitem, getattr):
@@ -476,6 +486,8 @@ class ValueTracer(fx.Tracer):
         if isinstance(value, torch.Tensor):
             with self._untraced():
                 self._aliases.add(proxy)
+                if node.op != "get_attr" and memory_of(value) not in self._lasting:
+                    self._made.setdefault(id(value), proxy)
         return proxy
 
     def _note_write(self, tensor: torch.Tensor, node: fx.Node) -> None:

@@ -40,6 +40,7 @@ LOCATION: Entry[str | None] = Entry("hc_location", None)  # "file:line" of the u
 LINES: Entry[tuple[str, ...]] = Entry("hc_lines", ())  # of the user's code that lead to it, the innermost first
 CALL: Entry[tuple[int, ...]] = Entry("hc_call", ())  # which call of its module, within that of the one around
 CALLS: Entry[tuple[Any, ...]] = Entry("hc_calls", ())  # the module calls around it, outermost first
+GIVEN_BACK: Entry[tuple[str, ...]] = Entry("hc_given_back", ())  # modules that were given it and returned it
 TYPE: Entry[type | None] = Entry("hc_type", None)  # of the value on the example inputs
 ON_VALUES: Entry[bool] = Entry("hc_on_values", False)  # whether it depends on values of tensors, or was drawn
 RESIDUAL: Entry[str | None] = Entry("hc_residual", None)  # name of the residual whose streams it writes

@@ -83,6 +83,11 @@ def set_item(x: Any, index: Any, value: Any) -> Any:
     return x
 
 
+def set_attribute(x: Any, name: str, value: Any) -> None:
+    """Set an attribute of an object that a graph is given."""
+    setattr(x, name, value)
+
+
 def is_constant(value: Any) -> bool:
     """Whether a trace can hold ``value`` as it is."""
     if isinstance(value, (tuple, list)):

@@ -12,7 +12,6 @@ from torch import nn
 from ..capture.kinds import Kinds
 from ..capture.trace import Trace, trace
 from ..errors import HCTransformError, TraceError, UnsupportedModel
-from ..graphs import meta
 from ..models.selection import Hints
 from ..options import Options
 from .find import find_residuals
@@ -24,6 +23,7 @@ from .identity import (
     operation,
     recognised,
     refuse_hidden,
+    scopes_of,
     stayed_whole,
     way_after,
     with_ways,
@@ -91,7 +91,7 @@ def analyse(
         plan = _plan_of(observed, options, refused)
         if has_nothing(plan):
             raise nothing_to_convert(model, plan)
-        known = identities(observed.findings.residuals, {r.add: r.name for r in plan.residuals})
+        known = identities(observed.findings, {r.add: r.name for r in plan.residuals})
         nonlinear: UnsupportedModel | None = None
         missing: dict[str, str] = {}
         for traced in _traces(model, inputs, _scopes(plan), hints):
@@ -128,7 +128,7 @@ def _captured(plan: Plan, known: Sequence[Identity], traced: Trace) -> tuple[Ana
     whole = {str(k.name): stayed_whole(k, traced.opaque) for k in absent}
     missing = {str(k.name): whole[str(k.name)] or hidden_by(k, findings, extra) or NOT_SHOWN for k in absent}
     missing.update({r.name: NOT_SHOWN for r in residuals if r.name not in names.values()})
-    ways = with_ways(identities(findings.residuals, names), captured.trunks)
+    ways = with_ways(identities(findings, names), captured.trunks)
     return Analysis(captured, traced, ways, plan), missing, any(whole.values())
 
 
@@ -247,11 +247,7 @@ def _within(path: str, roots: frozenset[str]) -> bool:
 
 def _scopes(plan: Plan) -> frozenset[str]:
     """Return the paths of modules to trace into: those that add for a converted residual, and their parents."""
-    scopes = {""}
     nodes = {node for trunk in plan.trunks for node in trunk.carried}
     for residual in plan.residuals:
         nodes.update((residual.add, *residual.absorbed))
-    for node in nodes:
-        atoms = str(meta.MODULE.of(node)).split(".")
-        scopes.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
-    return frozenset(scopes)
+    return scopes_of(nodes, plan.residuals)

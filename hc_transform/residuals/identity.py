@@ -6,6 +6,7 @@ residual may be written in both branches of an ``if``, and several may share one
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -15,7 +16,7 @@ from torch import fx
 
 from ..errors import TraceError
 from ..graphs import meta
-from .findings import Findings, Reason, Residual
+from .findings import Findings, Residual
 from .trunks import Trunk, way_between
 
 DEPTH = 2  # atoms of a path, below the module that adds, that tell branches apart
@@ -50,6 +51,7 @@ class Identity:
         next: the residual that comes after it on its trunk.
         way: the operations that lead there, carried on its streams.
         elsewhere: whether another residual of the other trace uses modules of its branch.
+        beside: how many adds on its line are no residuals.
     """
 
     name: str | None
@@ -60,20 +62,27 @@ class Identity:
     next: str | None = None
     way: frozenset[Operation] = frozenset()
     elsewhere: bool = False
+    beside: int = 0
 
 
-def identities(residuals: Iterable[Residual], names: Mapping[fx.Node, str], below: str = "") -> tuple[Identity, ...]:
+def identities(
+    findings: Findings, names: Mapping[fx.Node, str], below: str = "", calls: int = 1
+) -> tuple[Identity, ...]:
     """Return the identity of each residual; ``names`` are those of converted ones by their adds.
 
     Args:
-        residuals: in order of execution.
+        findings: its residuals, in order of execution, and what is none.
         names: what converted ones are called.
         below: path of the module that other paths are relative to.
+        calls: of that module, in which what is no residual was found.
     """
-    return tuple(_identity(r, names.get(r.add), below) for r in residuals)
+    none = Counter((s.module, s.location) for s in findings.skipped)
+    return tuple(_identity(r, names.get(r.add), below, none, calls) for r in findings.residuals)
 
 
-def _identity(residual: Residual, name: str | None, below: str) -> Identity:
+def _identity(
+    residual: Residual, name: str | None, below: str, none: Mapping[tuple[str, str], int], calls: int
+) -> Identity:
     prefix = residual.module + "." if residual.module else ""
     used = set()
     for node in (*residual.region, *(n for r in residual.region for n in r.all_input_nodes if n.op == "get_attr")):
@@ -81,7 +90,9 @@ def _identity(residual: Residual, name: str | None, below: str) -> Identity:
         if path.startswith(prefix) and path != residual.module and not path.endswith(".training"):
             used.add(".".join(path[len(prefix) :].split(".")[:DEPTH]))
     module = relative_path(residual.module, below)
-    return Identity(name, module, frozenset(used), meta.LINES.of(residual.add), meta.CALL.of(residual.add))
+    lines = meta.LINES.of(residual.add)
+    beside = none.get((residual.module, lines[0]), 0) // calls if lines else 0
+    return Identity(name, module, frozenset(used), lines, meta.CALL.of(residual.add), beside=beside)
 
 
 def with_ways(known: Iterable[Identity], trunks: Iterable[Trunk]) -> tuple[Identity, ...]:
@@ -113,6 +124,24 @@ def relative_path(path: str, below: str) -> str:
     return "" if path == below else path
 
 
+def scopes_of(nodes: Iterable[fx.Node], residuals: Iterable[Residual], below: str = "") -> frozenset[str]:
+    """Return the paths below a module of those to trace into, and their parents.
+
+    Args:
+        nodes: made by code that is to be seen.
+        residuals: whose skips are to be seen too, where a module returns them.
+        below: path of the module.
+    """
+    paths = {str(meta.MODULE.of(node)) for node in nodes}
+    paths.update(path for residual in residuals for path in meta.GIVEN_BACK.of(residual.skip))
+    scopes = {""}
+    for path in paths:
+        if path.startswith(f"{below}." if below else ""):
+            atoms = relative_path(path, below).split(".")
+            scopes.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
+    return frozenset(scopes)
+
+
 def recognised(
     findings: Findings, known: Sequence[Identity]
 ) -> tuple[tuple[Residual, ...], tuple[Identity, ...], tuple[Residual, ...]]:
@@ -122,7 +151,7 @@ def recognised(
         findings: of the new trace.
         known: the residuals of the module, those left plain among them.
     """
-    found = identities(findings.residuals, {})
+    found = identities(findings, {})
     twin: dict[int, int] = {}
     for module in {identity.module for identity in known}:
         ours = [i for i, identity in enumerate(known) if identity.module == module]
@@ -217,17 +246,11 @@ def hidden_by(identity: Identity, findings: Findings, extra: Iterable[Residual])
         identity: what it is known by.
         findings, extra: of the new trace, and those among its residuals that were not there before.
     """
-    for skipped in findings.skipped:
-        if skipped.module == identity.module and identity.lines and skipped.location == identity.lines[0]:
-            if skipped.reason is not Reason.MERGED or _merged_now(identity, findings):
-                return f"its add is none now: {skipped}"
+    here = (identity.module, identity.lines[0]) if identity.lines else None
+    none = [skipped for skipped in findings.skipped if (skipped.module, skipped.location) == here]
+    if len(none) > identity.beside:  # what was an add of its line that is no residual may still be there
+        return f"its add is none now: {none[-1]}"
     return "the module has others in its place" if any(r.module == identity.module for r in extra) else None
-
-
-def _merged_now(identity: Identity, findings: Findings) -> bool:
-    """Whether a sum that is one residual has the residual's branch among others."""
-    sums = identities((r for r in findings.residuals if r.absorbed and r.module == identity.module), {})
-    return any(identity.branch < one.branch for one in sums)
 
 
 def stayed_whole(identity: Identity, opaque: Mapping[str, str]) -> str | None:

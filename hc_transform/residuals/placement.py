@@ -20,8 +20,8 @@ from ..graphs import meta
 from ..graphs.dialects import location_of, name_of
 from ..streams.in_place import write_of
 from ..streams.linear_ops import LINEAR, linear_operand
-from .findings import Reason, Residual, Skipped
-from .identity import Identity, identities, relative_path
+from .findings import Findings, Reason, Residual, Skipped
+from .identity import Identity, identities, relative_path, scopes_of
 from .keys import relative
 from .planner import Plan
 from .trunks import Trunk, as_skipped, way_between
@@ -100,7 +100,7 @@ class BlocksPlan:
 def plan_blocks(
     plan: Plan,
     holders: Mapping[fx.Node, tuple[Call, ...]],
-    found: Sequence[Residual] = (),
+    found: Findings = Findings((), ()),  # noqa: B008
     *,
     share_calls: bool = False,
     apart: str = "",
@@ -111,7 +111,7 @@ def plan_blocks(
     Args:
         plan: made on a tape.
         holders: the module calls around each residual's add (:func:`find_holders`).
-        found: all residuals of the tape, in order.
+        found: what the tape holds.
         share_calls: one connection for all calls of a module.
         apart: why no streams go from one block to another; "" if they do.
         refused: paths of modules that cannot become blocks.
@@ -391,7 +391,7 @@ def _piece(trunk: Trunk, residuals: list[Residual]) -> Trunk:
 
 
 def _blocks(  # noqa: C901  # one table of each block
-    plan: Plan, homes: Mapping[fx.Node, Call], found: Sequence[Residual], share_calls: bool
+    plan: Plan, homes: Mapping[fx.Node, Call], found: Findings, share_calls: bool
 ) -> tuple[tuple[BlockPlan, ...], list[str]]:
     steps: dict[Call, int] = {}
     leaves: dict[Call, set[str]] = {}
@@ -413,7 +413,7 @@ def _blocks(  # noqa: C901  # one table of each block
     for call in residuals:
         by_path.setdefault(call.path, []).append(call)
     carried = _by_call((node, node) for trunk in plan.trunks for node in trunk.carried)
-    within = _by_call((r.add, r) for r in found)
+    within = _by_call((r.add, r) for r in found.residuals)
     firsts = {trunk.residuals[0].name for trunk in plan.trunks}
     trunk_of = {r.name: i for i, trunk in enumerate(plan.trunks) for r in trunk.residuals}
     blocks, notes = [], []
@@ -437,7 +437,7 @@ def _blocks(  # noqa: C901  # one table of each block
                 CallPlan(
                     steps[call],
                     tuple(r.name for r in residuals[call]),
-                    identities(within.get(call, ()), names, path),
+                    identities(replace(found, residuals=tuple(within.get(call, ()))), names, path, len(calls)),
                     frozenset(local[name] for name in leaves.get(call, ())),
                     frozenset(name for own in on_trunks if own & begun for name in own),
                     tuple(map(frozenset, on_trunks)),
@@ -451,7 +451,8 @@ def _blocks(  # noqa: C901  # one table of each block
         nodes = [node for call in calls for node in carried.get(call, ())]
         for residual in (r for call in calls for r in residuals[call]):
             nodes += (residual.add, *residual.absorbed, *residual.skip_ops)
-        blocks.append(BlockPlan(path, _scopes(path, nodes), tuple(plans), keys, shared))
+        scopes = scopes_of(nodes, (r for call in calls for r in residuals[call]), path)
+        blocks.append(BlockPlan(path, scopes, tuple(plans), keys, shared))
     counted = any(len({call.step for call in block.calls}) > 1 for block in blocks)
     return tuple(replace(block, counted=counted) for block in blocks), notes
 
@@ -463,13 +464,3 @@ def _by_call(made: Iterable[tuple[fx.Node, T]]) -> dict[Call, list[T]]:
         for call in meta.CALLS.of(node):
             found.setdefault(call, []).append(thing)
     return found
-
-
-def _scopes(block: str, nodes: Iterable[fx.Node]) -> frozenset[str]:
-    """Return the paths below ``block`` of the modules whose code made ``nodes``, and their parents."""
-    scopes = {""}
-    for node in nodes:
-        path = relative_path(str(meta.MODULE.of(node)), block)
-        atoms = path.split(".") if path else []
-        scopes.update(".".join(atoms[: i + 1]) for i in range(len(atoms)))
-    return frozenset(scopes)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import copyreg
 import inspect
 import logging
+import weakref
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -64,9 +66,14 @@ class BlockRunner:
         calls = {call.step: call for call in reversed(plan.calls)}  # those of one step do the same
         self.calls = tuple(calls[step] for step in sorted(calls))
         self.variants: dict[Any, list[Variant]] = {}
+        self.ended: Callable[[], Any] = _nothing  # what the last call gave, where each has connections of its own
+
+    def __reduce__(self) -> Any:
+        return copyreg.__newobj__, (type(self),), {**self.__dict__, "ended": _nothing}  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockRunner:
         new = copy.copy(self)
+        new.ended = _nothing
         new.variants = {key: [v.twin() for v in variants] for key, variants in self.variants.items()}
         return new
 
@@ -95,7 +102,10 @@ class BlockRunner:
             variant, result = self._captured(block, key, args, kwargs, result)
         if variant not in own:
             own.append(variant)
-        return self._passed_on(block, variant, number, (args, kwargs), result)
+        result = self._passed_on(block, variant, number, (args, kwargs), result)
+        if number and number == len(self.calls) - 1 and isinstance(result, torch.Tensor) and not self.plan.shared:
+            self.ended = weakref.ref(result)
+        return result
 
     def _passed_on(self, block: nn.Module, variant: Variant, number: int, given: Any, result: Any) -> Any:
         """Return what a call gives that may have done without its residuals, and given back what it was given.
@@ -201,11 +211,17 @@ class BlockRunner:
                         return number
                 if self.plan.shared:
                     return len(self.calls) - 1
-                raise HCTransformError(
-                    f"{self.plan.path} is called more often than the {len(self.calls)} times of the example inputs, "
-                    "and each call has connections of its own. Convert with share_calls=True."
-                )
+                raise HCTransformError(self._too_often())
+        ended = None if torch.compiler.is_compiling() else self.ended()
+        if ended is not None and any([value is ended for value in (*args, *kwargs.values())]):
+            raise HCTransformError(self._too_often())
         return 0
+
+    def _too_often(self) -> str:
+        return (
+            f"{self.plan.path} is called more often than the {len(self.calls)} times of the example inputs, and each "
+            "call has connections of its own. Convert with share_calls=True."
+        )
 
     def trace(
         self,
@@ -384,6 +400,10 @@ def refuse_reentrant(block: nn.Module) -> None:
 
 
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
+
+
+def _nothing() -> None:
+    return None
 
 
 def _kind(value: Any) -> Any:
