@@ -356,11 +356,11 @@ OTHER: Counts = {
     ),
     "perceiver": (
         looped(
-            lambda c: 1 + 2 * c.num_blocks * c.num_self_attends_per_block,
-            lambda c: 1 + 2 * c.num_self_attends_per_block,
+            lambda c: 2 + 2 * c.num_blocks * c.num_self_attends_per_block,
+            lambda c: 2 + 2 * c.num_self_attends_per_block,
         ),
-        "MLP after the cross attention, then attention and MLP of layers that every block runs again. Doubtful: the "
-        "skip of the cross attention is the latents, a parameter; a block by itself cannot see that",
+        "cross attention, whose skip is the latents, a parameter, and its MLP, then attention and MLP of layers that "
+        "every block runs again",
     ),
     **every(
         "timesfm timesfm2_5",

@@ -22,9 +22,9 @@ TIMM: Counts = {
         "beit.py:Block.forward attn + mlp (both gamma branches have 2 adds); rel-pos bias/pos adds no",
     ),
     "cait_xxs24_224": (
-        lambda c: 2 * c("LayerScaleBlock") + 2 * c("LayerScaleBlockClassAttn") - 1,
+        lambda c: 2 * c("LayerScaleBlock") + 2 * c("LayerScaleBlockClassAttn"),
         "cait.py: attention and mlp of both block classes; the skip of the first class attention is the class "
-        "token, a parameter that is the same for every input",
+        "token, a parameter, which attends to the image",
     ),
     "coat_tiny": (
         lambda c: 3 * c("SerialBlock") + 9 * c("ParallelBlock"),

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..capture.kinds import Kinds
 from ..graphs.aliases import is_seen_elsewhere, written_through
-from ..graphs.dialects import is_complete, location_of, module_of, name_of, refuse_unknown, regions_of
+from ..graphs.dialects import is_complete, is_lifted, location_of, module_of, name_of, refuse_unknown, regions_of
 from ..graphs.operations import Kind, is_tensor, shape_of
 from ..graphs.passes import logged_pass
 from ..streams.mixing import summed_products
@@ -80,6 +80,7 @@ class _Finder:
         self.nodes = list(gm.graph.nodes)
         self.all = Ancestry(self.nodes, self.kinds, frozenset({Kind.SHAPE}))
         self.live = Ancestry(self.nodes, self.kinds, frozenset({Kind.SHAPE, Kind.CUT}))
+        self.inputs = [node for node in self.nodes if node.op == "placeholder" and not is_lifted(node)]
 
     def run(self) -> Findings:
         residuals: dict[fx.Node, Residual] = {}
@@ -141,11 +142,15 @@ class _Finder:
     def _base(self, skip: fx.Node, branch: Sequence[Term], ancestry: Ancestry) -> Base | None:
         """Return the value behind ``skip`` that all of ``branch`` is computed from, and the way to it."""
         for value, ops in self._behind(skip):
-            if self.kinds.is_constant(value):
+            if self.kinds.is_constant(value) and not all(map(self._sees_an_input, branch)):
                 continue
             if all(any(n is value or ancestry.leads(value, n) for n in term.factors) for term in branch):
                 return value, ops
         return None
+
+    def _sees_an_input(self, term: Term) -> bool:
+        """Whether a term is computed from an input too, as what learnt queries attend to."""
+        return any(self.live.leads(given, node) for given in self.inputs for node in term.factors)
 
     def _behind(self, skip: fx.Node) -> Iterator[Base]:
         ops: tuple[fx.Node, ...] = ()
