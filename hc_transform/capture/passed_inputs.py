@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..graphs.guards import CHECKS, check_input, check_tensor_input
-from ..graphs.operations import is_constant
+from ..graphs.operations import TOLD_APART, is_constant
 from .proxy import CannotInline
 
 Again = Callable[[Mapping[str, Any], frozenset[str]], fx.Graph]
@@ -31,12 +31,19 @@ def loosen(graph: fx.Graph, inputs: Mapping[str, Any], defaults: Mapping[str, An
     """
     values = {name: inputs.get(name, default) for name, default in defaults.items()}
     values.update({name: value for name, value in inputs.items() if name not in values})
-    constant = [name for name, value in values.items() if is_constant(value)]
+    constant = [n for n, value in values.items() if is_constant(value) and not isinstance(value, TOLD_APART)]
     given = [name for name, value in values.items() if not is_constant(value) and defaults.get(name, 0) is None]
     loose = _passed_on(constant, lambda names: again(inputs, frozenset(names)), graph)
     absent = _passed_on(given, lambda names: again({**inputs, **dict.fromkeys(names)}, frozenset()), graph)
     if loose:
-        graph = again(inputs, frozenset(loose))
+        proxied = again(inputs, frozenset(loose))
+        flags = {name: not values[name] for name in loose if isinstance(values[name], bool)}  # ``flag is True``
+        if flags and not _same(
+            proxied, lambda _: again({**inputs, **flags}, frozenset(loose).difference(flags)), loose
+        ):
+            loose = [name for name in loose if name not in flags]
+            proxied = again(inputs, frozenset(loose)) if loose else graph
+        graph = proxied
     for node in list(graph.nodes):
         if node.target in (check_input, check_tensor_input) and node.args[0].op == "placeholder":
             if node.args[0].target in (*loose, *absent):

@@ -210,6 +210,7 @@ def patched(tracer: Recorder) -> Iterator[None]:  # noqa: C901  # one small func
             *_unbound(tracer),
             *_compiled(tracer),
             *_cached(tracer),
+            *_types_asked_for(tracer),
             *_asked_of_torch(tracer),
             (nn.Module, "training", training),
             (nn.Module, "__setattr__", set_attribute),
@@ -275,16 +276,48 @@ def _cached(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
             setattr(called, name, getattr(function, name))
         return called
 
-    classes = {cls for module in tracer.root.modules() for cls in type(module).__mro__ if cls is not nn.Module}
-    homes = {sys.modules.get(cls.__module__) for cls in classes if not cls.__module__.startswith("torch.nn.modules")}
-    for home in list(homes):  # and where their helper functions are
-        used = {getattr(value, "__module__", None) for value in vars(home).values() if callable(value)} if home else ()
-        package = home.__name__.partition(".")[0] if home else ""
-        homes |= {sys.modules.get(name) for name in used if name and name.partition(".")[0] == package}
-    for owner in (*classes, *(home for home in homes if home is not None)):
+    classes = _classes_of(tracer)
+    for owner in (*classes, *_homes_of(classes)):
         for name, value in list(vars(owner).items()):
             if type(value) is functools._lru_cache_wrapper:
                 yield owner, name, uncached(value)
+
+
+def _classes_of(tracer: Recorder) -> set[type]:
+    return {cls for module in tracer.root.modules() for cls in type(module).__mro__ if cls is not nn.Module}
+
+
+def _homes_of(classes: set[type]) -> set[Any]:
+    """Return the Python modules of classes, and those of the same packages where their helper functions are."""
+    homes = {sys.modules.get(cls.__module__) for cls in classes if not cls.__module__.startswith("torch.nn.modules")}
+    for home in list(homes):
+        used = {getattr(value, "__module__", None) for value in vars(home).values() if callable(value)} if home else ()
+        package = home.__name__.partition(".")[0] if home else ""
+        homes |= {sys.modules.get(name) for name in used if name and name.partition(".")[0] == package}
+    return {home for home in homes if home is not None}
+
+
+class _SeenThrough(type):
+    """The class of what stands for ``type`` in traced code, which tells of a proxy what it stands for."""
+
+    def __call__(cls, *args: Any) -> Any:
+        if len(args) == 1 and type(args[0]) is ValueProxy and args[0].hc_value is not UNKNOWN:
+            return type(args[0].hc_value)
+        return type(*args)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, type)
+
+
+class _TypeSeen(type, metaclass=_SeenThrough):
+    pass
+
+
+def _types_asked_for(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:
+    """Yield what is to stand for ``type`` in the Python modules whose code asks for types of values."""
+    for home in _homes_of(_classes_of(tracer)):
+        if "type" not in vars(home) and not home.__name__.startswith("torch."):
+            yield home, "type", _TypeSeen
 
 
 def _compiled(tracer: Recorder) -> Iterator[tuple[Any, str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,6 +83,13 @@ def _checked(tracer: Recorder, parameter: inspect.Parameter, proxy: ValueProxy, 
     elif value is not UNKNOWN and is_constant(value) and value != []:  # which code may fill
         tracer.graph.call_function(guards.check_input, (proxy.node, value, name))
         return value
+    elif is_known_by_identity(value):
+        stands = proxy.node.args[0] if value is parameter.default and proxy.node.args else ""
+        tracer.graph.call_function(guards.check_object, (proxy.node, id(value), stands, name))
+        return value
+    elif value is not UNKNOWN and not isinstance(value, torch.Tensor):
+        default = proxy.node.args == (None,) and parameter.default not in (None, parameter.empty)
+        tracer.graph.call_function(guards.check_kind, (proxy.node, guards.kind_of(value), default, name))
     elif proxy.node.args == (None,) and parameter.default in (None, parameter.empty) and value is not UNKNOWN:
         tracer.graph.call_function(guards.check_tensor_input, (proxy.node, name))
     return proxy
@@ -95,7 +103,16 @@ def _default(parameter: inspect.Parameter, optional: bool) -> tuple[Any, ...]:
     """
     if _is_star(parameter) or parameter.default is parameter.empty and not optional:
         return ()
+    if is_known_by_identity(parameter.default) and parameter.default is not parameter.empty:
+        return (f"the default of {parameter.name}",)
     return (parameter.default,) if is_constant(parameter.default) else (None,)
+
+
+def is_known_by_identity(value: Any) -> bool:
+    """Whether code may compare a value by identity, or look at what it is: a sentinel, a class, a global function."""
+    if isinstance(value, types.FunctionType):
+        return "<" not in value.__qualname__  # others are new on every call
+    return type(value) is object or isinstance(value, (type, types.BuiltinFunctionType))
 
 
 def _is_star(parameter: inspect.Parameter) -> bool:

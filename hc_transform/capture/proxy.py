@@ -173,7 +173,15 @@ class ValueProxy(fx.Proxy):
             return super().__getattr__(name)
         if name in ABOUT_GRADIENTS and self.node.op not in ("placeholder", "get_attr"):
             self.tracer.needs_gradients()
-        attribute = self.tracer.look_at(self.hc_value, name)  # AttributeError as without tracing
+        asked = not isinstance(self.hc_value, torch.Tensor) and not hasattr(type(self.hc_value), name)
+        try:
+            attribute = self.tracer.look_at(self.hc_value, name)
+        except AttributeError:
+            if asked:
+                self._decided(guards.check_attribute, name, False)
+            raise
+        if asked:
+            self._decided(guards.check_attribute, name, True)
         if callable(attribute) and not isinstance(attribute, torch.nn.Module):
             return lambda *args, **kwargs: self.tracer.create_proxy("call_method", name, (self, *args), kwargs)
         return self.tracer.create_proxy("call_function", getattr, (self, name), {})

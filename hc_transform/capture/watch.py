@@ -179,6 +179,8 @@ class Watch:
                 if code is not None:
                     yield Read(home, steps, code)
                 yield from self._named_in(home, steps, vars(value), "attribute", depth)
+            if not home.startswith("module:"):
+                yield Read(home, steps, Same)
             return
         expected = frozen(value)
         if is_plain(value):
@@ -334,7 +336,7 @@ class SharedState:
             self.names.update(code.co_names, asked)
             self._chains.update(((id(space), chain), space) for chain in _chains_of(code))
         for name in _globals_of(code):
-            if name in space and not name.startswith("__"):
+            if name in space and not name.startswith("__") and name != "type":  # which a trace sets itself
                 shared = self.seen.get((id(space), name))
                 if shared is None:
                     self.seen[id(space), name] = _Shared(space, name, name, where)

@@ -6,7 +6,10 @@ and nothing in compiled code, where it becomes one of the compiler's own guards.
 
 from __future__ import annotations
 
+import types
 from typing import Any
+
+import torch
 
 from ..errors import DecisionChanged
 
@@ -43,9 +46,8 @@ def check_len(value: Any, expected: int, where: str) -> None:
 
 def check_input(value: Any, expected: Any, name: str) -> None:
     """Raise DecisionChanged unless the input ``name`` is the constant that it was while tracing."""
-    if value is not expected and (
-        value is None or expected is None or type(value) is not type(expected) or value != expected
-    ):
+    kind: Any = tuple if type(value) is torch.Size else type(value)  # as a graph holds sizes
+    if value is not expected and (value is None or expected is None or kind is not type(expected) or value != expected):
         shown = repr(value) if isinstance(value, (bool, int, float, str, type(None))) else type(value).__name__
         raise DecisionChanged(f"input {name!r} was {expected!r} while tracing and is {shown} now. {HINT}")
 
@@ -54,6 +56,42 @@ def check_tensor_input(value: Any, name: str) -> None:
     """Raise DecisionChanged if the input ``name``, given while tracing, is left out now."""
     if value is None:
         raise DecisionChanged(f"input {name!r} was given while tracing and is None now. {HINT}")
+
+
+def check_object(value: Any, expected: int, default: str, name: str) -> None:
+    """Raise DecisionChanged unless the input ``name`` is the object that it was while tracing.
+
+    Args:
+        value: of the input.
+        expected: the object's ``id``.
+        default: what stands for it where it is left out; "" if it is not the default.
+        name: of the input.
+    """
+    if id(value) != expected and not (default and value == default):
+        raise DecisionChanged(f"input {name!r} is another object than while tracing. {HINT}")
+
+
+def check_kind(value: Any, expected: str, default: bool, name: str) -> None:
+    """Raise DecisionChanged unless the input ``name`` is of the class, or the function, that it was while tracing.
+
+    None stands for a ``default`` that no code can name.
+    """
+    if kind_of(value) != expected and not (default and value is None):
+        raise DecisionChanged(f"input {name!r} was a {expected} while tracing and is a {kind_of(value)} now. {HINT}")
+
+
+def kind_of(value: Any) -> str:
+    """Return what tells a class or a function from others."""
+    if isinstance(value, types.FunctionType):
+        return f"function {value.__qualname__}, line {value.__code__.co_firstlineno}"
+    return type(value).__qualname__
+
+
+def check_attribute(value: Any, name: str, there: bool, where: str) -> None:
+    """Raise DecisionChanged unless it is still ``there``, or not, that ``value`` has the attribute ``name``."""
+    if hasattr(value, name) is not there:
+        now = "has none" if there else "has one"
+        raise DecisionChanged(f"an object whose attribute {name!r} was asked for {now} now, at {where}. {HINT}")
 
 
 def check_same(value: Any, other: Any, names: str) -> None:
@@ -70,5 +108,17 @@ def check_keys(value: Any, expected: tuple[Any, ...], where: str) -> None:
 
 
 CHECKS = frozenset(
-    {check_same, check_keys, check_true, check_false, check_equal, check_len, check_input, check_tensor_input}
+    {
+        check_attribute,
+        check_equal,
+        check_false,
+        check_input,
+        check_keys,
+        check_kind,
+        check_len,
+        check_object,
+        check_same,
+        check_tensor_input,
+        check_true,
+    }
 )

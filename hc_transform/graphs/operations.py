@@ -77,6 +77,10 @@ QUESTIONS = (
 ASKED = frozenset({torch._C.is_inference_mode_enabled, *(getattr(torch, n) for n in QUESTIONS if hasattr(torch, n))})
 
 
+# Constants that code may compare by identity.
+TOLD_APART = (enum.Enum, torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
 def set_item(x: Any, index: Any, value: Any) -> Any:
     """Assign ``x[index] = value`` and return ``x``, so that a graph sees where ``x`` comes from."""
     x[index] = value
@@ -92,7 +96,7 @@ def is_constant(value: Any) -> bool:
     """Whether a trace can hold ``value`` as it is."""
     if isinstance(value, (tuple, list)):
         return all(is_constant(v) for v in value)
-    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype, torch.device))
+    return value is None or isinstance(value, (bool, int, float, complex, str, *TOLD_APART))
 
 
 def has_known_home(node: fx.Node) -> bool:

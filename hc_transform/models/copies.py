@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import sys
 import types
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -103,9 +104,20 @@ def clone_structure(model: nn.Module) -> nn.Module:
             for hook in module.__dict__.get(name, {}).values():
                 if id(getattr(hook, "__self__", None)) not in modules:  # a method of a module follows it
                     memo[id(hook)] = hook
-        for leaf in _tensors_of(module):
+        for leaf in (*_tensors_of(module), *_compared_by_identity(module)):
             memo[id(leaf)] = leaf
     return copy.deepcopy(model, memo)
+
+
+def _compared_by_identity(module: nn.Module) -> Iterator[Any]:
+    """Yield the attributes of a module that are nothing but themselves, or globals of its code too."""
+    home = getattr(sys.modules.get(type(module).__module__), "__dict__", {})
+    for value in module.__dict__.values():
+        if type(value) is object:
+            yield value
+        elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, torch.Tensor)):
+            if any(value is other for other in home.values()):
+                yield value
 
 
 def _tensors_of(module: nn.Module) -> Iterator[torch.Tensor]:
@@ -168,6 +180,8 @@ def copy_inputs(inputs: Any, *, double: bool = False) -> Any:
     def one(value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             return memo.setdefault(id(value), copied(value))
+        if type(value) is object:  # which is known by its identity
+            return value
         for tensor in tensors_within(value, set()):
             memo.setdefault(id(tensor), copied(tensor))
         return copy.deepcopy(value, memo)

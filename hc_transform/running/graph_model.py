@@ -107,6 +107,8 @@ class HyperConnectedModule(fx.GraphModule):
             setattr(original, name, value)  # where traced code reads it
         else:
             super().__setattr__(name, value)
+            if original is not None and isinstance(original.__dict__.get(name), torch.Tensor):  # both hold it
+                original.__dict__[name] = value
 
     def __repr__(self) -> str:
         return modules_of(self)
@@ -216,7 +218,8 @@ class HyperConnectedModule(fx.GraphModule):
         if None in kinds or any(need.values or need.asks for need in needs):
             return None
         flags = tuple(operator.attrgetter(flag)(self) for need in needs for flag in need.flags)
-        return structure, kinds, flags, torch.is_grad_enabled()
+        held = tuple(_kind_of_input(operator.attrgetter(path)(self)) for need in needs for path in need.tensors)
+        return structure, kinds, flags, held, torch.is_grad_enabled()
 
     @torch.compiler.disable  # where compiled code breaks off, it does not compile this
     @one_at_a_time

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from ..capture.python_state import PythonState, is_plain
+from ..capture.python_state import GlobalTensor, PythonState, is_plain
 from ..connections.frozen import FrozenWatch
 from ..errors import DecisionChanged
 from ..graphs import meta
 from ..graphs.graph_code import shared_function_of
 from ..graphs.guards import CHECKS, HINT
-from ..graphs.operations import ASKED
+from ..graphs.operations import ASKED, is_tensor
 from ..graphs.serialize import flatten_graph, unflatten_graph
 from ..graphs.shape_reads import is_shape_read
 from ..models.copies import copy_inputs
@@ -37,6 +37,7 @@ class Needs:
         asks: whether it asks for the state of torch, such as autocast, or for that of gradients of parameters.
         writes: whether it writes into inputs before it may stop.
         flags: paths of the ``training`` flags that it reads.
+        tensors: paths of the parameters and buffers that it decides on.
         touched: modules whose state may have changed when it stops.
     """
 
@@ -46,6 +47,7 @@ class Needs:
     writes: bool
     flags: tuple[str, ...]
     touched: tuple[str, ...] = ()
+    tensors: tuple[str, ...] = ()
 
 
 class Variant:
@@ -219,7 +221,28 @@ def needs_of(graph: fx.Graph) -> Needs:
     reads = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
     flags = tuple(target for target in reads if target.rpartition(".")[2] == "training")
     asks = any(node.target in ASKED or _asks_for_gradients(node) for node in graph.nodes if node.op == "call_function")
-    return Needs(late, values, asks, writes, flags, tuple(dict.fromkeys(touched)))
+    tensors, elsewhere = _decided_on(graph)
+    return Needs(late, values, asks or elsewhere, writes, flags, tuple(dict.fromkeys(touched)), tensors)
+
+
+def _decided_on(graph: fx.Graph) -> tuple[tuple[str, ...], bool]:
+    """Return the paths of the tensors that checks depend on, and whether they depend on others that are held."""
+    behind: dict[fx.Node, frozenset[fx.Node]] = {}
+    decided: set[fx.Node] = set()
+    for node in graph.nodes:
+        own = frozenset().union(*(behind.get(source, frozenset()) for source in node.all_input_nodes))
+        if node.target in CHECKS:
+            decided |= own
+            continue
+        if isinstance(node.target, GlobalTensor) or node.op == "get_attr" and not str(node.target).endswith("training"):
+            own = frozenset({node})
+        elif is_tensor(node):  # parameters are cast and moved, but no others of another shape take their place
+            own = frozenset(n for n in own if not issubclass(meta.TYPE.of(n) or object, nn.Parameter))
+        if own:
+            behind[node] = own
+    paths = {str(node.target) if node.op == "get_attr" else "__dict__" for node in decided}
+    held = {path for path in paths if path.endswith("__dict__")}
+    return tuple(sorted(paths - held)), bool(held)
 
 
 def _asks_for_gradients(node: fx.Node) -> bool:
