@@ -47,6 +47,7 @@ log = logging.getLogger("hc_transform")
 LOTS = frozenset("rand rand_like randn randint randperm multinomial bernoulli bernoulli_ uniform_ random_".split())
 MAY_BE_BLOCKS = (TraceError, UnsupportedModel, NothingToConvert)  # what one graph is refused with
 USUAL = frozenset(dir(nn.Module))
+CALLED_BY_SYNTAX = frozenset("__call__ __len__ __getitem__ __iter__ __contains__".split())
 
 
 @overload
@@ -346,7 +347,7 @@ def own_interface(model: nn.Module) -> list[str]:
     for cls in type(model).__mro__:
         if not cls.__module__.startswith(("torch.nn.modules", "builtins")):
             own = (name for name, member in vars(cls).items() if isinstance(member, kinds))
-            names.update(dict.fromkeys(name for name in own if name[0] != "_" and name not in USUAL))
+            names.update(dict.fromkeys(n for n in own if n[0] != "_" and n not in USUAL or n in CALLED_BY_SYNTAX))
     return list(names)
 
 

@@ -102,7 +102,7 @@ def _out_of_place(target: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, A
         return target, {**kwargs, "inplace": False}
     if isinstance(target, str):
         method = target.rstrip("_")
-        return (method, kwargs) if method != target and hasattr(Tensor, method) else None
+        return (method, kwargs) if method != target and callable(getattr(Tensor, method, None)) else None
     if isinstance(target, OPERATORS):
         found = out_of_place(target)
         return None if found is None else (found, kwargs)

@@ -8,6 +8,7 @@ import functools
 import html
 import logging
 import operator
+import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -40,6 +41,7 @@ from .variants import Variant, adopt_constants, run_compiled, run_first
 log = logging.getLogger("hc_transform")
 
 HOOKS = (*REGISTERED_HOOKS, "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
+OF_A_GRAPH = frozenset("forward extra_repr _get_name _call_impl _wrapped_call_impl compile".split())
 NEVER_PICKLED = ("_graph", "_tracer_cls", "_tracer_extras", "_lineno_map", "_code", "_main", "_chosen")
 
 
@@ -83,6 +85,7 @@ class HyperConnectedModule(fx.GraphModule):
         ends = {t.index: (t.residuals[0].key, t.residuals[-1].key) for t in analysis.plan.trunks}
         self._ends = {r.name: ends[t.index] for t in analysis.plan.trunks for r in t.residuals}
         self._variants: list[Variant] = []
+        _keep_overridden(self)
         self._main.state = self._state = analysis.trace.state
         self._state.bind(original)  # before anything that it looks up may be replaced
         self.graph.lint()
@@ -292,7 +295,32 @@ def _restored(new: HyperConnectedModule, state: dict[str, Any], graph: fx.Graph)
     new.__dict__.update(state, _tracer_cls=None, _tracer_extras={})
     new.graph = graph
     type(new).__name__ = type(state["_original"]).__name__
+    _keep_overridden(new)
     return new
+
+
+def overridden(cls: type[nn.Module]) -> list[str]:
+    """Return the names of the methods of nn.Module that a class has in a form of its own, such as ``train``."""
+    public = (n for n, m in vars(nn.Module).items() if isinstance(m, types.FunctionType) and n not in OF_A_GRAPH)
+    return [n for n in public if n[:2] != "__" and getattr(cls, n) is not getattr(nn.Module, n)]
+
+
+def _keep_overridden(model: HyperConnectedModule) -> None:
+    """Let methods of nn.Module that the original's class has in a form of its own be those of the graph too."""
+
+    def method_of(name: str) -> Callable[..., Any]:
+        @functools.wraps(getattr(type(model.__dict__["_original"]), name))
+        def method(self: HyperConnectedModule, *args: Any, **kwargs: Any) -> Any:
+            original: nn.Module = self.__dict__["_original"]
+            original.training = self.training
+            result = getattr(original, name)(*args, **kwargs)
+            self.training = original.training
+            return self if result is original else result
+
+        return method
+
+    for name in overridden(type(model.__dict__["_original"])):
+        setattr(type(model), name, method_of(name))
 
 
 def _holds_value(original: nn.Module, name: str) -> bool:
