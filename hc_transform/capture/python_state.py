@@ -129,6 +129,13 @@ def frozen(value: Any) -> Any:
     return None
 
 
+def is_whole(expected: Any) -> bool:
+    """Whether what :func:`frozen` returned holds all of a value, and not the lengths of some containers alone."""
+    if not isinstance(expected, Frozen):
+        return expected is not None
+    return type(expected.entries) in (tuple, frozenset) and all(e is None or is_whole(e) for e in expected.entries)
+
+
 def _as_it_was(found: Any, expected: Any) -> bool:
     """Whether a value is what was expected, by identity or, of a list of constants, at the speed of a comparison."""
     if found is expected:

@@ -33,7 +33,7 @@ from torch.utils import _pytree as pytree
 from ..errors import NEVER_HIDDEN
 from ..graphs import guards, meta
 from ..graphs.aliases import Aliases, memory_of, written_through
-from ..graphs.operations import is_constant
+from ..graphs.operations import TOLD_APART, is_constant
 from ..graphs.shape_reads import SHAPE_ATTRIBUTES, SHAPE_METHODS, reads_values
 from ..graphs.source_lines import short_name, user_frame, user_lines
 from ..models.copies import compiled_from, copy_inputs, has_hooks, stands_elsewhere
@@ -42,7 +42,7 @@ from ..models.state import is_generator, is_state
 from ..streams.hook_readouts import call_hooks
 from ..streams.in_place import version_of
 from .patches import patched
-from .placeholders import is_entry_of_input, place_inputs
+from .placeholders import is_entry_of_input, is_known_by_identity, place_inputs
 from .proxy import (
     CHANGES_GRAD_MODE,
     UNKNOWN,
@@ -218,25 +218,38 @@ class ValueTracer(fx.Tracer):
         if is_entry and id(value) in self._made:
             return self._made[id(value)]
         node = self.create_node(kind, target, node_args, node_kwargs, name, type_expr)
-        if value is None:
-            if target in (operator.getitem, getattr):
+        reads = target in (operator.getitem, getattr)
+        if value is None or reads and self._is_known_by_what_it_is(node, args[0], value):
+            if value is None and reads:
                 self._record(guards.check_equal, node, None)
-            return None
+            return value
         proxy = self._proxy_of(node, value)
         drawn = isinstance(target, Draw) or kind == "call_method" and is_generator(getattr(args[0], "hc_value", None))
         if not isinstance(value, torch.Tensor) and (drawn or reads_values(node)):
             meta.ON_VALUES.set(node, True)
         if isinstance(value, torch.Tensor) and is_entry_of_input(node):
-            name = (
-                f"{node_args[0]}[{node_args[1]!r}]" if target is operator.getitem else f"{node_args[0]}.{node_args[1]}"
-            )
-            self.graph.call_function(guards.check_tensor_input, (node, name))
+            entry = f"[{node_args[1]!r}]" if target is operator.getitem else f".{node_args[1]}"
+            self.graph.call_function(guards.check_tensor_input, (node, f"{node_args[0]}{entry}"))
         if key is not None and (not is_entry or isinstance(value, torch.Tensor)):
             self._known[key] = proxy
         for tensor in changed:
             self._note_write(tensor, node)
             self._rebind(tensor, node, returned=value is tensor)
         return proxy
+
+    def _is_known_by_what_it_is(self, node: fx.Node, holder: Any, value: Any) -> bool:
+        """Guard what was found in a container or an object; return whether code is to have it as it is."""
+        if isinstance(getattr(holder, "hc_value", None), torch.Tensor) or isinstance(value, (torch.Tensor, nn.Module)):
+            return False
+        if isinstance(value, (bool, *TOLD_APART)):
+            self._record(guards.check_equal, node, value)
+            return True
+        if is_known_by_identity(value):
+            self.graph.call_function(guards.check_object, (node, id(value), "", str(node)))
+            return True
+        if hasattr(value, "__dict__") and value is not UNKNOWN:
+            self.graph.call_function(guards.check_kind, (node, guards.kind_of(value), False, str(node)))
+        return False
 
     def _refuse_outside(self) -> None:
         """Raise CannotInline where what is done is not done by the graph, or in another mode."""

@@ -37,7 +37,6 @@ from .python_state import (
     FUNCTIONS,
     LONGEST,
     Absent,
-    Frozen,
     Held,
     Read,
     Same,
@@ -46,6 +45,7 @@ from .python_state import (
     find,
     frozen,
     is_plain,
+    is_whole,
 )
 
 LARGEST_TENSOR = 1 << 20  # entries of a tensor whose values are compared
@@ -195,7 +195,7 @@ class Watch:
                     elif isinstance(key, (str, int)) and (is_plain(entry) or not isinstance(entry, FUNCTIONS)):
                         yield from self._guards_of(home, (*steps, ("entry", key)), entry, depth + 1)
             return
-        if isinstance(value, (list, tuple)) and expected == Frozen(type(value), len(value)) and len(value) <= LONGEST:
+        if isinstance(value, (list, tuple)) and not is_whole(expected) and len(value) <= LONGEST:
             yield Read(home, steps, SameEntries)
             for place, entry in enumerate(value) if depth < DEEPEST_READ else ():
                 yield from self._guards_of(home, (*steps, ("entry", place)), entry, depth + 1)
