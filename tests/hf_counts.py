@@ -104,7 +104,11 @@ CAUSAL: Counts = {
         lambda c: 2 * c.num_hidden_layers,
         "(f + b1) * s1 + (x + b2) * s2. Doubtful: the skip is shifted as well as scaled by parameters",
     ),
-    **every("deepseek_v4 hy_v4 qwen4_exp_text", REFUSED, "hyper-connected already"),
+    **every("deepseek_v4 hy_v4", REFUSED, "hyper-connected already"),
+    "qwen4_exp_text": (
+        lambda c: 2 * c.num_hidden_layers,
+        "hyper-connected already, but to its packed streams each layer adds twice what it makes of them",
+    ),
 }
 
 ENCODERS: Counts = {

@@ -523,3 +523,29 @@ def test_gradients_turned_on() -> None:
     hc = hct.convert(model, args=(x,))
     with torch.no_grad():
         assert hc(x).requires_grad
+
+
+class Cycles(nn.Module):
+    """Two modules by turns: the streams go on from the second cycle's last call alone, as in hierarchical reasoning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = (nn.Sequential(Cell(), Cell(), Cell()) for _ in range(2))
+        self.start = nn.Parameter(values(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        high, low = x, self.start.expand_as(x)
+        for _ in range(2):
+            for _ in range(3):
+                low = self.low(low + high)
+            high = self.high(high + low)
+        return high
+
+
+def test_calls_that_end_unlike_others_at_their_place() -> None:
+    model, x = Cycles(), values(2, D)
+    hc = hct.convert(model, args=(x,), scope="blocks")
+    assert error(hc(x), model(x)) <= 1e-5
+    moved(hc)
+    hc(x).square().sum().backward()
+    assert all(p.grad is not None for n, p in hc.named_parameters() if n.endswith("h_post"))

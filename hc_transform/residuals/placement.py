@@ -127,7 +127,7 @@ def plan_blocks(
         replace(t, residuals=tuple(replace(r, region=inside(r, homes[r.add])) for r in t.residuals))
         for t in plan.trunks
     ]
-    trunks, cuts = _cut(whole, homes, between, apart)
+    trunks, cuts = _cut_unlike(*_cut(whole, homes, between, apart), homes)
     least = plan.options.min_residuals
     short = [r for t in trunks if len(t.residuals) < least for r in t.residuals]
     trunks = [t for t in trunks if len(t.residuals) >= least]
@@ -367,6 +367,60 @@ def _cut(
     return pieces, cuts
 
 
+def _cut_unlike(trunks: list[Trunk], cuts: list[str], homes: Mapping[fx.Node, Call]) -> tuple[list[Trunk], list[str]]:
+    """Cut trunks after calls that streams go on from where they do not from another call at the same place.
+
+    A block tells its calls apart by the blocks that its streams have passed.
+    """
+    while unlike := _unlike_ends(trunks, homes):
+        pieces = []
+        for trunk in trunks:
+            pending: list[Residual] = []
+            for residual in trunk.residuals:
+                pending.append(residual)
+                if residual.name in unlike:
+                    cuts.append(f"after {residual.name}: other calls of {homes[residual.add].path} end there")
+                    pieces.append(_piece(trunk, pending))
+                    pending = []
+            pieces += [_piece(trunk, pending)] if pending else []
+        trunks = pieces
+    return trunks, cuts
+
+
+def _unlike_ends(trunks: Iterable[Trunk], homes: Mapping[fx.Node, Call]) -> set[str]:
+    """Return the residuals from which streams go on to another block, and not from those of calls at the same place."""
+    steps, leaves = _journey(trunks, homes)
+    held: dict[Call, list[Residual]] = {}
+    for residual in sorted((r for t in trunks for r in t.residuals), key=lambda r: r.add):
+        held.setdefault(homes[residual.add], []).append(residual)
+    alike: dict[tuple[str, int], list[Call]] = {}
+    for call in held:
+        alike.setdefault((call.path, steps[call]), []).append(call)
+    unlike: set[str] = set()
+    for calls in alike.values():
+        ends = [{i for i, r in enumerate(held[call]) if r.name in leaves.get(call, ())} for call in calls]
+        by_all = set.intersection(*ends)
+        unlike.update(held[call][i].name for call, own in zip(calls, ends, strict=True) for i in own - by_all)
+    return unlike
+
+
+def _journey(trunks: Iterable[Trunk], homes: Mapping[fx.Node, Call]) -> tuple[dict[Call, int], dict[Call, set[str]]]:
+    """Return how many calls of its chain come before each, and the residuals from which streams go on to another."""
+    steps: dict[Call, int] = {}
+    leaves: dict[Call, set[str]] = {}
+    for trunk in trunks:
+        before: Residual | None = None
+        step = 0
+        for residual in trunk.residuals:
+            call = homes[residual.add]
+            if before is not None and homes[before.add] != call:
+                leaves.setdefault(homes[before.add], set()).add(before.name)
+                step += 1
+            steps[call] = max(step, steps.get(call, 0))
+            before = residual
+    return steps, leaves
+
+
 def _changed_on_the_way(
     residual: Residual,
     trunk: Trunk,
@@ -393,22 +447,11 @@ def _piece(trunk: Trunk, residuals: list[Residual]) -> Trunk:
 def _blocks(  # noqa: C901  # one table of each block
     plan: Plan, homes: Mapping[fx.Node, Call], found: Findings, share_calls: bool
 ) -> tuple[tuple[BlockPlan, ...], list[str]]:
-    steps: dict[Call, int] = {}
-    leaves: dict[Call, set[str]] = {}
+    steps, leaves = _journey(plan.trunks, homes)
     residuals: dict[Call, list[Residual]] = {}
     order = {node: i for i, node in enumerate(plan.graph_module.graph.nodes)}
     for residual in sorted(plan.residuals, key=lambda r: order[r.add]):
         residuals.setdefault(homes[residual.add], []).append(residual)
-    for trunk in plan.trunks:
-        before: Residual | None = None
-        step = 0
-        for residual in trunk.residuals:
-            call = homes[residual.add]
-            if before is not None and homes[before.add] != call:
-                leaves.setdefault(homes[before.add], set()).add(before.name)
-                step += 1
-            steps[call] = max(step, steps.get(call, 0))
-            before = residual
     by_path: dict[str, list[Call]] = {}
     for call in residuals:
         by_path.setdefault(call.path, []).append(call)
