@@ -69,7 +69,7 @@ def test_code_that_looks_at_values_is_not_counted():
 
 
 # Launches forward and backward, traffic forward and backward, and what is saved, of a residual over a plain one.
-RECORDED = {"static": (47, 126, 198, 405, 5.1), "dynamic": (79, 193, 255, 495, 5.2), "mhc": (87, 187, 256, 495, 5.2)}
+RECORDED = {"static": (17, 41, 67, 135, 5.1), "dynamic": (49, 108, 124, 224, 5.2), "mhc": (57, 102, 125, 224, 5.2)}
 
 
 @pytest.mark.parametrize("connection", RECORDED)

@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..models.copies import tensors_within
+from ..streams import mixing
 from .cost import Cost, GraphCost
 from .launches import KernelCost
 
@@ -57,7 +59,7 @@ def eager_cost(function: nn.Module | Callable[..., Any], *inputs: Any, training:
             kept[_storage(tensor)] = tensor
         return tensor
 
-    with mode, torch.set_grad_enabled(training):
+    with mode, torch.set_grad_enabled(training), mock.patch.object(mixing, "UNPACKED_DEVICES", ()):
         with forward, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             outputs = [y for y in _tensors(run(*arguments)) if y.requires_grad]
         if outputs:
