@@ -172,10 +172,13 @@ def test_registers_and_spills():
 
 
 # Traffic of a chain of 3 residuals on top of the plain one, compiled with hct.inductor, u a residual.
-TUNED = {"static": 16.4, "dynamic": 21.2, "mhc": 36.4, "identity": 20.6}
+TUNED = {"static": 16.8, "dynamic": 21.1, "mhc": 37.1, "identity": 21.9}
 
 
-@pytest.mark.parametrize("connection", ["dynamic", *(pytest.param(c, marks=pytest.mark.slow) for c in TUNED)])
+SLOW = [pytest.param(c, marks=pytest.mark.slow) for c in TUNED if c != "dynamic"]
+
+
+@pytest.mark.parametrize("connection", ["dynamic", *SLOW])
 def test_set_for_streams_kernels_are_larger_and_spill_nothing(connection):
     """Inductor takes one warp for a row of 1024 features, whose largest kernels then spill."""
     x = torch.randn(N, D).bfloat16().requires_grad_()

@@ -22,7 +22,8 @@ log = logging.getLogger("hc_transform")
 MAX_FUSION_SIZE = 128
 MANY_ACCESSES = 10  # tensors in memory that a kernel reads and writes
 ROW_SIZES = (256, 1024)  # of the rows that Inductor gives one warp
-FEATURES_A_WARP = 128
+FEATURES_A_WARP = 256
+MANY_OPERATIONS = 64  # above which a kernel takes twice the warps; no others are as large without MAX_FUSION_SIZE
 VERSION = torch.__version__
 TUNED_BY_USER = ("max_autotune", "max_autotune_pointwise", "coordinate_descent_tuning")
 
@@ -105,7 +106,7 @@ def _choices() -> Any:
             return {**given, "fixed_config": fixed}
 
         def uuid(self) -> str:
-            return f"hc_transform {MANY_ACCESSES} {ROW_SIZES} {FEATURES_A_WARP}"
+            return f"hc_transform {MANY_ACCESSES} {ROW_SIZES} {FEATURES_A_WARP} {MANY_OPERATIONS}"
 
     return StreamChoices
 
@@ -144,7 +145,8 @@ def _warps_of_rows(choices: Any, kernel_cls: Any, features: Any, groups: Sequenc
         or len(_in_memory(features.scheduler_nodes())) < MANY_ACCESSES
     ):
         return None
-    return max(1, row // FEATURES_A_WARP)
+    more = 2 if len(features.scheduler_nodes()) > MANY_OPERATIONS else 1
+    return more * row // FEATURES_A_WARP
 
 
 def _in_memory(nodes: Sequence[Any]) -> set[str]:
