@@ -7,12 +7,13 @@ crosses blocks. u is the bytes of one stream. ``--registers``: what the assemble
 
     python examples/gpu_cost.py --scope graph blocks --recompute
     python examples/gpu_cost.py --model vit --connections static dynamic mhc
-    python examples/gpu_cost.py --depth 2 --registers
+    python examples/gpu_cost.py --depth 2 --registers --tuned
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -84,6 +85,7 @@ def main() -> None:
     parser.add_argument("--scope", nargs="*", choices=("graph", "blocks"), default=["graph"])
     parser.add_argument("--recompute", action="store_true", help="each connection with recompute=True too")
     parser.add_argument("--regions", action="store_true", help="each graph compiled in regions too")
+    parser.add_argument("--tuned", action="store_true", help="graphs compiled by hct.inductor")
     parser.add_argument("--registers", action="store_true", help="assemble the Triton kernels")
     parser.add_argument("--peers", nargs="*", default=[], help="HyperConnections, mHCv2: applied by hand")
     parser.add_argument("--json", action="store_true")
@@ -101,7 +103,7 @@ def main() -> None:
                 settings = {"connection": connection, "scope": scope, "recompute": recompute}
                 model = hct.convert(plain, (x[:1],), num_streams=options.streams, verify=False, **settings)
                 name = f"{connection}, {scope}{', recompute' if recompute else ''}"
-                costs[name] = counted(name, inductor_cost, model, x)
+                costs[name] = counted(name, functools.partial(inductor_cost, tuned=options.tuned), model, x)
                 if options.regions and scope == "graph":
                     costs[f"{name}, regions"] = counted(f"{name}, regions", regional_cost, model, x)
     for peer in options.peers:

@@ -75,6 +75,7 @@ if TYPE_CHECKING:  # imported when it is first asked for, so that the command li
     from .rewriting.rewrite import rewrite
     from .running.block_module import block_graphs
     from .running.graph_model import HyperConnectedModule
+    from .running.inductor import inductor
     from .running.regional import compile_regions
     from .showing import Printout, diff, draw, show
     from .streams.carried import carry
@@ -116,6 +117,7 @@ _NAMES_BY_HOME = {
     "rewriting.rewrite": "rewrite",
     "running.block_module": "block_graphs",
     "running.graph_model": "HyperConnectedModule",
+    "running.inductor": "inductor",
     "running.regional": "compile_regions",
     "showing": "Printout diff draw show",
     "streams.carried": "carry",
@@ -194,6 +196,7 @@ __all__ = [
     "from_pretrained",
     "get_expand_reduce_stream_functions",
     "get_init_and_expand_reduce_stream_functions",
+    "inductor",
     "lightning_callback",
     "load",
     "make_plan",

@@ -72,7 +72,7 @@ def test_regions_are_counted_where_they_are_all_of_the_model():
     models = {"plain": chain(), **{scope: hct.convert(chain(), (x,), scope=scope) for scope in scopes}}
     whole, regions = (bench(models, (x,), repeats=1, compiled=False, regions=flag) for flag in (False, True))
     assert whole["plain"].cost.bytes == regions["plain"].cost.bytes
-    assert whole["graph"].cost.bytes < regions["graph"].cost.bytes
+    assert 0 < regions["graph"].cost.bytes < whole["graph"].cost.bytes, "in larger kernels"
     assert whole["blocks"].cost and regions["blocks"].cost is None
 
 

@@ -18,9 +18,10 @@ from hc_transform.connections import base
 from hc_transform.connections.per_token import sum_of_halves
 from hc_transform.connections.projection import EPS, project_normed
 from hc_transform.measuring.bench import saved_bytes
+from hc_transform.streams import mixing
 from hc_transform.verification.reference import separate
 
-FORMS = ("eager", "numbers")  # as it runs in eager mode, and compiled for GPUs
+FORMS = ("eager", "packed", "numbers")  # as it runs in eager mode, there on a GPU, and compiled for GPUs
 
 
 def errors(model, x, form, monkeypatch):
@@ -28,7 +29,8 @@ def errors(model, x, form, monkeypatch):
     monkeypatch.setattr(base, "PACKED_DEVICES", ())
     torch._dynamo.reset()
     exact = copy.deepcopy(model).double()
-    run = model if form == "eager" else torch.compile(model, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(mixing, "UNPACKED_DEVICES", () if form == "packed" else ("cpu",))
+    run = model if form in ("eager", "packed") else torch.compile(model, backend="aot_eager", fullgraph=True)
     made = []
     for module, owner in ((run, model), (exact, exact)):
         outputs, loss = module(x, x)

@@ -96,16 +96,19 @@ def test_equal_regions_are_compiled_once(blocks, pieces):
     assert again == pieces, "settings given anew replace those before"
 
 
-def test_parts_are_the_nodes_in_their_order_and_end_with_writes():
+@pytest.mark.parametrize("connection", ["dynamic", "static"])
+def test_parts_are_the_nodes_in_their_order_and_begin_with_writes(connection):
     x = torch.randn(2, 5, 8)
-    hc = hct.convert(Stack(*(Linear() for _ in range(6))), (x,), scope="graph")
+    hc = hct.convert(Stack(*(Linear() for _ in range(6))), (x,), connection=connection, scope="graph")
     nodes = [node for node in hc.graph.nodes if node.op not in ("placeholder", "output")]
     parts = repeating_parts(nodes, hc)
     assert [node for part in parts for node in part] == nodes
-    assert all(part[-1].target is hct.write for part in parts[:-1])
-    regions = [region_of(part) for part in parts]
+    assert all(part[0].target is hct.write for part in parts[1:])
+    regions = [region_of(part, hc) for part in parts]
     assert len({region.kind(hc) for region in regions}) == 3
-    assert [len(region.outputs) for region in regions] == [1] * len(parts), "the streams alone"
+    given = [[node.name.rpartition("_")[2] for node in region.outputs] for region in regions[:-1]]
+    handed_on = ["write", "coefficients", "fc"] if connection == "dynamic" else ["write", "fc"]  # else made there again
+    assert given == [handed_on] * (len(parts) - 1)
     assert all(region.graph.lint() is None for region in regions)
 
 

@@ -1,7 +1,8 @@
 """Time models side by side: interleaved, in one process, medians with their spread.
 
 On a machine with CUDA everything is measured there. On one without, times and memory are the CPU's, and
-kernels and bytes those of the code that Inductor makes for an H100 (:mod:`hc_transform.measuring.cost`).
+kernels and bytes those of the code that Inductor makes for an H100 (:mod:`hc_transform.measuring.cost`) and of
+eager code on a GPU (:mod:`hc_transform.measuring.eager`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..running.graph_model import HyperConnectedModule
 from ..running.regional import compile_regions, converted_modules
 from .cost import H100_BANDWIDTH, Cost, cost_available, inductor_cost, regional_cost
+from .eager import eager_cost
 
 PASSES = {"infer": ("forward",), "train": ("forward", "forward + backward")}
 
@@ -57,6 +59,7 @@ class Figures:
     compiled_peak_bytes: int | None = None
     compile_seconds: float | None = None
     cost: Cost | None = None
+    eager_cost: Cost | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers, for JSON."""
@@ -65,13 +68,14 @@ class Figures:
             name: {"median": t.median, "min": min(t.seconds), "max": max(t.seconds), "seconds": list(t.seconds)}
             for name, t in self.times.items()
         }
-        if self.cost is not None:
-            graphs = {"forward": self.cost.forward, "backward": self.cost.backward}
-            made["cost"] = {
-                name: {"kernels": g.kernels, "library_calls": g.library_calls, "bytes": g.bytes}
-                for name, g in graphs.items()
-            }
-            made["cost"]["saved_bytes"] = self.cost.saved_bytes
+        for key, cost in (("cost", self.cost), ("eager_cost", self.eager_cost)):
+            if cost is not None:
+                graphs = {"forward": cost.forward, "backward": cost.backward}
+                made[key] = {
+                    name: {"kernels": g.kernels, "library_calls": g.library_calls, "bytes": g.bytes}
+                    for name, g in graphs.items()
+                }
+                made[key]["saved_bytes"] = cost.saved_bytes
         return made
 
 
@@ -96,7 +100,7 @@ def bench(  # noqa: C901, PLR0913  # one figure after the other; the options of 
         mode: "train" (forward, and forward with backward) or "infer" (forward under ``no_grad``, in eval mode).
         repeats: timed repetitions, after one that is not.
         compiled: measure ``torch.compile``'s code too.
-        count: count kernels and bytes of its GPU code too, where that is possible.
+        count: count kernels and bytes of its GPU code too, where that is possible, and of eager code.
         regions: compile converted models in regions; those of ``scope="blocks"``, which run code outside of them, are
             then not counted.
         progress: called with a line now and then; by default lines go to stderr.
@@ -127,12 +131,13 @@ def bench(  # noqa: C901, PLR0913  # one figure after the other; the options of 
             say(f"{what}, {kind}: {repeats} repetitions of {len(variants)} models")
             for name, seconds in _interleaved(variants, inputs, what, mode, repeats).items():
                 figures[name].times[f"{what}, {kind}"] = Times(tuple(seconds))
-    if count and cost_available():
+    if count:
         for name, model in models.items():
             say(f"counting kernels of {name}")
-            on_cpu = [x.cpu() if isinstance(x, Tensor) else x for x in inputs]
             if all(p.device.type == "cpu" for p in model.parameters()):
-                figures[name].cost = _cost(model, on_cpu, mode, regions)
+                on_cpu = [x.cpu() if isinstance(x, Tensor) else x for x in inputs]
+                figures[name].cost = _cost(model, on_cpu, mode, regions) if cost_available() else None
+                figures[name].eager_cost = _eager_cost(model, on_cpu, mode, say)
     return figures
 
 
@@ -156,6 +161,10 @@ def table(figures: Mapping[str, Figures], bandwidth: float = H100_BANDWIDTH) -> 
         ("peak memory, eager", lambda f: f.peak_bytes, _mebibytes),
         ("peak memory, compiled", lambda f: f.compiled_peak_bytes, _mebibytes),
         ("saved for backward, compiled for H100", lambda f: f.cost and f.cost.saved_bytes, _mebibytes),
+        ("launches forward, eager on a GPU", lambda f: f.eager_cost and len(f.eager_cost.forward.launches), str),
+        ("launches backward, eager on a GPU", lambda f: f.eager_cost and len(f.eager_cost.backward.launches), str),
+        ("bytes forward, eager on a GPU", lambda f: f.eager_cost and f.eager_cost.forward.bytes, _mebibytes),
+        ("bytes backward, eager on a GPU", lambda f: f.eager_cost and f.eager_cost.backward.bytes, _mebibytes),
         ("kernels forward, H100", lambda f: f.cost and len(f.cost.forward.launches), str),
         ("kernels backward, H100", lambda f: f.cost and len(f.cost.backward.launches), str),
         ("bytes forward, H100", lambda f: f.cost and f.cost.forward.bytes, _mebibytes),
@@ -243,6 +252,14 @@ def _cost(model: nn.Module, inputs: Sequence[Any], mode: str, regions: bool) -> 
     if isinstance(model, HyperConnectedModule):
         return regional_cost(model, *inputs, training=mode == "train")
     return None
+
+
+def _eager_cost(model: nn.Module, inputs: Sequence[Any], mode: str, say: Callable[[str], None]) -> Cost | None:
+    try:
+        return eager_cost(model, *inputs, training=mode == "train")
+    except RuntimeError as error:  # code that looks at values, of which there are none
+        say(f"not counted in eager mode: {error}")
+        return None
 
 
 def _is_converted(model: nn.Module) -> bool:

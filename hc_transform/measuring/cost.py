@@ -82,7 +82,9 @@ def cost_available() -> bool:
     return importlib.util.find_spec("triton") is not None and torch.version.cuda is not None
 
 
-def inductor_cost(function: nn.Module | Callable[..., Any], *inputs: Any, training: bool = True) -> Cost:
+def inductor_cost(
+    function: nn.Module | Callable[..., Any], *inputs: Any, training: bool = True, tuned: bool = False
+) -> Cost:
     """Return what ``function(*inputs)`` costs, compiled by Inductor for an NVIDIA H100.
 
     For each kernel every buffer that it touches counts once, with the part of it that is touched: what
@@ -93,6 +95,7 @@ def inductor_cost(function: nn.Module | Callable[..., Any], *inputs: Any, traini
         function: a module or function that compiles into one graph; its tensors on the CPU.
         inputs: its arguments, on the CPU.
         training: count the backward pass too; else the forward pass is compiled under ``no_grad``.
+        tuned: compiled as by ``torch.compile(function, backend=hc_transform.inductor)``.
 
     >>> cost = inductor_cost(lambda x: x + 1, torch.zeros(1024), training=False)
     >>> cost.forward.kernels, cost.forward.bytes
@@ -100,12 +103,14 @@ def inductor_cost(function: nn.Module | Callable[..., Any], *inputs: Any, traini
     """
     counter = _Counter()
     with contextlib.nullcontext() if training else torch.no_grad():
-        compile_for_gpu(function, inputs, counter)
+        compile_for_gpu(function, inputs, counter, tuned)
     return counter.cost()
 
 
 def regional_cost(model: HyperConnectedModule, *inputs: Any, training: bool = True) -> Cost:
     """Return what ``model(*inputs)`` costs, compiled in regions: :func:`inductor_cost` of each, for each of its calls.
+
+    They are compiled as :func:`hc_transform.compile_regions` does it, with :func:`hc_transform.inductor`.
 
     Args:
         model: a converted model with ``scope="graph"``, all of which is in regions.
@@ -116,22 +121,27 @@ def regional_cost(model: HyperConnectedModule, *inputs: Any, training: bool = Tr
     regions = copy.deepcopy(model)
     given = {_storage(t) for t in (*regions.parameters(), *regions.buffers(), *tensors_within(inputs, set()))}
     kept: dict[int, torch.Tensor] = {}  # what one region made and another one keeps
+    counted: list[torch.Tensor] = []  # what a region made and keeps itself, alive so that no address is used twice
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         counter = _Counter()
-        gpu_backend(counter)(gm, example_inputs)
+        gpu_backend(counter, tuned=True)(gm, example_inputs)
         cost, kept_inputs = counter.cost(), counter.kept_inputs
-        made: Any = gm.graph.output_node().args[0]
-        values = [node.meta["example_value"] for node in made]
+        returned: Any = gm.graph.output_node().args[0]
+        kept_outputs = [i for i in counter.kept_outputs if i < len(returned)]
+        values = [node.meta["example_value"] for node in returned]
         outputs = [(t.size(), t.stride(), t.dtype, t.requires_grad) for t in values]
 
         def run(*args: Any) -> list[torch.Tensor]:
             calls.append(cost)
             kept.update({_storage(args[i]): args[i] for i in kept_inputs if _storage(args[i]) not in given})
-            return [
+            made = [
                 torch.empty_strided(size, stride, dtype=dtype).zero_().requires_grad_(differentiable)
                 for size, stride, dtype, differentiable in outputs
             ]
+            counted.extend(made[i] for i in kept_outputs)
+            given.update(_storage(made[i]) for i in kept_outputs)
+            return made
 
         return run
 
@@ -161,7 +171,9 @@ class _Counter:
         self.backward: list[GraphCost] = []
         self.produced: dict[str, tuple[int, int]] = {}
         self.inputs: list[str] = []
+        self.outputs: list[str] = []
         self.kept_inputs: list[int] = []
+        self.kept_outputs: list[int] = []
         self.saved_bytes = 0
 
     def __call__(self, lowering: Any, code: str, gm: fx.GraphModule, fakes: Sequence[Any]) -> None:
@@ -172,10 +184,13 @@ class _Counter:
             kept = {self.produced[name] for name in taken if name in self.produced}
             self.saved_bytes += sum(size for _, size in kept)
             self.kept_inputs = [i for i, name in enumerate(self.inputs) if name in taken]
+            self.kept_outputs = [i for i, name in enumerate(self.outputs) if name in taken]
         else:
             self.forward.append(graph)
             self.produced.update(_storages(gm))
             self.inputs = _inputs(gm)
+            returned: Any = gm.graph.output_node().args[0]
+            self.outputs = [getattr(value, "name", "") for value in returned]
 
     def cost(self) -> Cost:
         if len(self.forward) != 1:

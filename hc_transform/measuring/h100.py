@@ -16,6 +16,8 @@ from unittest import mock
 import torch
 from torch import fx
 
+from ..running.inductor import for_streams, settings
+
 GPU = torch.device("cuda", 0)
 H100 = SimpleNamespace(
     name="H100",
@@ -41,7 +43,9 @@ class _HandedOver(Exception):
     """Raised where the compiled code would run."""
 
 
-def compile_for_gpu(function: Callable[..., Any], inputs: Sequence[Any], on_graph: OnGraph) -> None:
+def compile_for_gpu(
+    function: Callable[..., Any], inputs: Sequence[Any], on_graph: OnGraph, tuned: bool = False
+) -> None:
     """Compile ``function(*inputs)`` with Inductor as if for the GPU, forward and (where there is one) backward.
 
     Args:
@@ -49,16 +53,17 @@ def compile_for_gpu(function: Callable[..., Any], inputs: Sequence[Any], on_grap
         inputs: its arguments.
         on_graph: called for each graph, within the lowering's context, with Inductor's GraphLowering, the generated
             code, the graph and its fake inputs.
+        tuned: as :func:`hc_transform.inductor` compiles.
     """
 
     def call(*args: Any) -> Any:  # a GraphModule called by itself would report where its code was stopped
         return function(*args)
 
     with formulated_for_gpu(), contextlib.suppress(_HandedOver):
-        torch.compile(call, backend=gpu_backend(on_graph), fullgraph=True, dynamic=False)(*inputs)
+        torch.compile(call, backend=gpu_backend(on_graph, tuned), fullgraph=True, dynamic=False)(*inputs)
 
 
-def gpu_backend(on_graph: OnGraph) -> Callable[..., Any]:
+def gpu_backend(on_graph: OnGraph, tuned: bool = False) -> Callable[..., Any]:
     """Return a backend of ``torch.compile`` that generates the GPU's code, hands it to ``on_graph`` and runs nothing.
 
     What it returns cannot be called. It is to be used under :func:`formulated_for_gpu`.
@@ -76,13 +81,15 @@ def gpu_backend(on_graph: OnGraph) -> Callable[..., Any]:
 
         with (
             believed(),
+            for_streams() if tuned else contextlib.nullcontext(),
             mock.patch.object(graph.GraphLowering, "compile_to_module", compile_to_module),
             inductor_config.patch(fx_graph_cache=False),
         ):
             return compile_fx.compile_fx_inner(gm, fakes, **settings)
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
-        return compile_fx.compile_fx(gm, example_inputs, inner_compile=inner_compile)
+        patches = settings() if tuned else None
+        return compile_fx.compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches)
 
     return backend
 

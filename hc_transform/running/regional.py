@@ -10,6 +10,7 @@ from torch import nn
 from ..errors import UnsupportedModel
 from .block_runner import RUNNER
 from .graph_model import HyperConnectedModule
+from .inductor import inductor
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,13 +19,13 @@ def compile_regions(model: Model, **settings: Any) -> Model:
     """Compile a converted model in regions, in place: of equal blocks one is compiled.
 
     A compiler that is given the whole model (``torch.compile(model)``) optimises every block anew, which takes
-    long for deep ones. Regions are compiled on their first call, and end where nothing but the streams goes on:
-    after a write (``scope="graph"``), or at the end of a converted block (``scope="blocks"``). The streams are then
+    long for deep ones. Regions are compiled on their first call. They begin with a write (``scope="graph"``), which so
+    shares a kernel with the read of the residual after it, or with a converted block (``scope="blocks"``). Streams are
     read from memory once more by the next region, and their gradients written once more.
 
     Args:
         model: a converted model, or one that has converted modules in it.
-        settings: arguments of :func:`torch.compile`.
+        settings: arguments of :func:`torch.compile`; the backend is :func:`hc_transform.inductor` by default.
 
     Returns:
         ``model``. ``torch.compile`` and ``torch.export`` of it see the whole model as before.
@@ -51,6 +52,8 @@ def compile_regions(model: Model, **settings: Any) -> Model:
             f"{type(model).__name__} has no converted module to compile. Convert it with hc_transform.convert first, "
             "or compile it with torch.compile."
         )
+    if settings.get("backend", "inductor") == "inductor":
+        settings["backend"] = inductor
     for module in found:
         if isinstance(module, HyperConnectedModule):
             module.compile_regions(**settings)

@@ -19,7 +19,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from .packed_sums import are_packed, packed_sums
+
 Streams = tuple[Tensor, ...]
+
+UNPACKED_DEVICES = ("cpu", "meta")  # where eager code adds up products one by one
 
 
 class Coefficients(NamedTuple):
@@ -142,7 +146,9 @@ def write(
     if isinstance(coefficients, PackedCoefficients) and _takes_matrix(first, coefficients):
         pairs = zip(_mixed_by_matrix(streams, coefficients.matrix), coefficients.h_post, strict=True)
         return stored([(mixed + _product(branch, post)).to(dtype) for mixed, post in pairs])
-    rows = zip(coefficients.h_res, coefficients.h_post, strict=True)
+    rows = list(zip(coefficients.h_res, coefficients.h_post, strict=True))
+    if _packs_sums([weight for row, post in rows for weight in (*row, post)], (*streams, branch), dtype):
+        return packed_sums([(*row, post) for row, post in rows], (*streams, branch))
     if branch_first:
         return stored([_weighted_sum((post, *row), (branch, *streams), dtype) for row, post in rows])
     return stored([_weighted_sum(_second(post, row), _second(branch, streams), dtype) for row, post in rows])
@@ -305,7 +311,16 @@ def _weighted_sum(weights: Sequence[Tensor], values: Sequence[Tensor], dtype: to
 
     Values come first in each product, so that the result has their memory format (channels last).
     """
+    if _packs_sums(weights, values, dtype):
+        return packed_sums([weights], values)[0]
     return _sum_of_products(dtype, *weights, *values)
+
+
+def _packs_sums(weights: Sequence[Tensor], values: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether eager code on a GPU makes sums as one product; on a CPU that takes longer."""
+    if torch.compiler.is_compiling() or values[0].device.type in UNPACKED_DEVICES or transformed():
+        return False
+    return are_packed(weights, values, dtype)
 
 
 @torch.compiler.allow_in_graph
