@@ -275,12 +275,13 @@ def test_a_block_called_several_times(share):
     assert all(p.grad is not None for p in hc.parameters())
 
 
-def test_a_block_called_once_more_than_in_the_example():
+def test_a_block_called_once_more_than_in_the_example(caplog):
     hc = converted(Looping().eval())
     hc.times = 4
     inputs = x()
     with torch.no_grad():  # the fourth call is given the readout and begins anew
         assert error(hc(inputs), read_out(Looping.forward(hc, inputs))) == 0
+    assert "called again with what the last of its 3 calls gave" in caplog.text
 
 
 class Skipping(Stack):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import enum
+import itertools
 import pickle
 import types
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checks import connections, error, moved
@@ -273,11 +275,13 @@ class Repeated(nn.Module):
         return x
 
 
-def test_block_called_more_often_than_at_conversion_is_refused() -> None:
+def test_block_called_more_often_than_at_conversion_says_so(caplog: pytest.LogCaptureFixture) -> None:
     hc = hct.convert(Repeated(), args=(values(2, D),), scope="blocks")
+    hc(values(2, D))
+    assert "called again" not in caplog.text
     hc.times = 4
-    with pytest.raises(hct.HCTransformError, match="share_calls"):
-        hc(values(2, D))
+    hc(values(2, D))
+    assert "called again with what the last of its 3 calls gave" in caplog.text
 
 
 class WithInput(nn.Module):
@@ -549,3 +553,49 @@ def test_calls_that_end_unlike_others_at_their_place() -> None:
     moved(hc)
     hc(x).square().sum().backward()
     assert all(p.grad is not None for n, p in hc.named_parameters() if n.endswith("h_post"))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_block_that_takes_from_an_iterator_stays_python(scope: str) -> None:
+    class Takes(Cell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scales = itertools.cycle([1.0, 2.0, 3.0])
+
+        def forward(self, h: Tensor) -> Tensor:
+            return h + torch.tanh(self.f(h)) * next(self.scales)
+
+    model, x = Stack(Takes(), Cell()).eval(), values(2, D)
+    hc = hct.convert(model, args=(x,), scope=scope)
+    model = copy.deepcopy(model)
+    assert [r.name for r in hc.hc_report.converted] == ["blocks.1"]
+    assert all(error(hc(x), model(x)) <= 1e-5 for _ in range(4))
+
+
+@pytest.mark.parametrize("part", [slice(2), slice(1, None)], ids=["last", "first"])
+def test_layers_removed_from_a_graph(part: slice) -> None:
+    model, x = Stack(Cell(), Cell(), Cell()).eval(), values(2, D)
+    hc = hct.convert(model, args=(x,), scope="graph")
+    model = copy.deepcopy(model)
+    model.blocks, hc.blocks = model.blocks[part], hc.blocks[part]
+    assert error(hc(x), model(x)) <= 1e-5
+
+
+def test_set_and_numpy_number_as_inputs() -> None:
+    class Skips(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cells = nn.ModuleList(Cell() for _ in range(3))
+
+        def forward(self, x: Tensor, skip: set[int], scale: Any) -> Tensor:
+            skipped = [False] * 3
+            for i in skip:
+                skipped[i] = True
+            for cell, out in zip(self.cells, skipped, strict=True):
+                x = x if out else cell(x)
+            return x * float(scale)
+
+    model, x = Skips().eval(), values(2, D)
+    hc = hct.convert(model, args=(x, set(), np.float32(0.5)), scope="graph")
+    for given in ((set(), np.float32(0.5)), ({1}, np.float32(0.5)), ({0, 2}, np.float64(2.0))):
+        assert error(hc(x, *given), model(x, *given)) <= 1e-5

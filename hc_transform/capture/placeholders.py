@@ -80,7 +80,7 @@ def _checked(tracer: Recorder, parameter: inspect.Parameter, proxy: ValueProxy, 
         tracer.graph.call_function(guards.check_keys, (proxy.node, tuple(value), f"**{name}"))
     elif name in tracer.loose:
         return proxy
-    elif value is not UNKNOWN and is_constant(value) and value != []:  # which code may fill
+    elif value is not UNKNOWN and is_constant(value) and not (type(value) is list and not value):  # which it may fill
         tracer.graph.call_function(guards.check_input, (proxy.node, value, name))
         return value
     elif is_known_by_identity(value):

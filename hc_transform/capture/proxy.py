@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from ..graphs import guards, meta
 from ..graphs.aliases import layout_of, memory_of
-from ..graphs.operations import set_attribute, set_item
+from ..graphs.operations import is_constant, set_attribute, set_item
 from ..models.state import OPAQUE
 from .asserts import assert_of, check_assert
 from .recorder import Recorder
@@ -252,6 +252,11 @@ class ValueProxy(fx.Proxy):
             return super().__iter__()
         if isinstance(self.hc_value, dict):
             return iter(self._keys())
+        if isinstance(self.hc_value, (set, frozenset)):
+            if not all(map(is_constant, self.hc_value)):
+                raise CannotInline(self.tracer._paths[-1], "it goes through a set of tensors or objects")
+            self._decided(guards.check_equal, frozenset(self.hc_value))
+            return iter(self.hc_value)
         return iter([self[i] for i in range(len(self))])
 
     # Properties, so that a field of any of these names is found on other values.
@@ -344,4 +349,5 @@ class ValueProxy(fx.Proxy):
         return isinstance(self.hc_value, torch.Tensor) or meta.ON_VALUES.known(self.node)
 
     def _decided(self, check: Any, *expected: Any) -> None:
-        self.tracer.record_decision(self, check, *expected)
+        plain = (v.item() if type(v).__module__ == "numpy" and v.shape == () else v for v in expected)
+        self.tracer.record_decision(self, check, *plain)

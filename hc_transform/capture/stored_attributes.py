@@ -81,7 +81,8 @@ def _refuse_other_changes(work: nn.Module, model: nn.Module, inlined: frozenset[
     """Raise CannotInline if traced code changed what modules hold without setting an attribute."""
     for where, name in watch.changed_closures():
         raise CannotInline(where, f"its code changes what the function {name!r} closes over, which a graph would not")
-    for path in sorted(inlined):
+    there = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    for path in sorted(inlined & there):
         now, before = work.get_submodule(path), model.get_submodule(path)
         of_torch = type(now).__module__.startswith("torch.")  # as what torch.compile returns, which keeps its settings
         for name in () if of_torch else now.__dict__.keys() | before.__dict__.keys():

@@ -332,6 +332,8 @@ class ValueTracer(fx.Tracer):
             return self._known["generator", target]
         if path is not None and (id(module), name) in self._stored:
             return self._read_stored(path, name, value)
+        if hasattr(type(value), "__next__") and path is not None and is_state(name):
+            raise CannotInline(self._paths[-1], f"its code takes from the iterator {name!r}, which a graph would not")
         draw = None if isinstance(value, nn.Module) else draw_of(value, self.drawing_functions)
         if draw is not None:
             return self.drawing(draw, value)

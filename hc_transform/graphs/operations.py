@@ -96,7 +96,8 @@ def is_constant(value: Any) -> bool:
     """Whether a trace can hold ``value`` as it is."""
     if isinstance(value, (tuple, list)):
         return all(is_constant(v) for v in value)
-    return value is None or isinstance(value, (bool, int, float, complex, str, *TOLD_APART))
+    plain = value is None or isinstance(value, (bool, int, float, complex, str, *TOLD_APART))
+    return plain and type(value).__module__ != "numpy"  # whose numbers no code can name
 
 
 def has_known_home(node: fx.Node) -> bool:

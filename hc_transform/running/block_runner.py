@@ -211,17 +211,19 @@ class BlockRunner:
                         return number
                 if self.plan.shared:
                     return len(self.calls) - 1
-                raise HCTransformError(self._too_often())
+                raise HCTransformError(
+                    f"{self.plan.path} is called more often than the {len(self.calls)} times of the example inputs, "
+                    "and each call has connections of its own. Convert with share_calls=True."
+                )
         ended = None if torch.compiler.is_compiling() else self.ended()
         if ended is not None and any([value is ended for value in (*args, *kwargs.values())]):
-            raise HCTransformError(self._too_often())
+            log.warning(
+                "%s is called again with what the last of its %d calls gave: streams begin anew, with the connections "
+                "of its first call (share_calls=True has one for all)",
+                self.plan.path,
+                len(self.calls),
+            )
         return 0
-
-    def _too_often(self) -> str:
-        return (
-            f"{self.plan.path} is called more often than the {len(self.calls)} times of the example inputs, and each "
-            "call has connections of its own. Convert with share_calls=True."
-        )
 
     def trace(
         self,
