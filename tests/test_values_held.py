@@ -599,3 +599,20 @@ def test_set_and_numpy_number_as_inputs() -> None:
     hc = hct.convert(model, args=(x, set(), np.float32(0.5)), scope="graph")
     for given in ((set(), np.float32(0.5)), ({1}, np.float32(0.5)), ({0, 2}, np.float64(2.0))):
         assert error(hc(x, *given), model(x, *given)) <= 1e-5
+
+
+class Reversible(Stack):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        for block in reversed(self.blocks) if self.training else self.blocks:
+            x = block(x)
+        return x
+
+
+def test_blocks_in_another_order_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    model, x = Reversible(Cell(), Cell(), Cell()).eval(), values(2, D)
+    hc = hct.convert(model, args=(x,), scope="blocks")
+    hc(hc(x))
+    assert "begin anew" not in caplog.text
+    hc.train()
+    assert error(hc(x), model.train()(x)) <= 1e-5
+    assert "blocks.1 comes after the last block of its trunk" in caplog.text

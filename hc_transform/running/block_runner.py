@@ -34,7 +34,7 @@ from ..residuals.planner import Plan, refuse_nonlinear, with_keys_of
 from ..residuals.trunks import Trunk, flow_of, regrouped
 from ..rewriting.rewrite import rewritten_graph
 from ..streams.trunk_value import TrunkValue, enter, hand_on, holds_streams, is_trunk_value, read_out
-from .variants import Captures, Variant, adopt_constants, decides_on_training, run_compiled, run_first
+from .variants import Captures, Variant, adopt_constants, decides_on_training, nothing, run_compiled, run_first
 
 log = logging.getLogger("hc_transform")
 
@@ -66,14 +66,15 @@ class BlockRunner:
         calls = {call.step: call for call in reversed(plan.calls)}  # those of one step do the same
         self.calls = tuple(calls[step] for step in sorted(calls))
         self.variants: dict[Any, list[Variant]] = {}
-        self.ended: Callable[[], Any] = _nothing  # what the last call gave, where each has connections of its own
+        self.out_of_order = False
+        self.ended: Callable[[], Any] = nothing  # what the last call gave, where each has connections of its own
 
     def __reduce__(self) -> Any:
-        return copyreg.__newobj__, (type(self),), {**self.__dict__, "ended": _nothing}  # type: ignore[attr-defined]
+        return copyreg.__newobj__, (type(self),), {**self.__dict__, "ended": nothing}  # type: ignore[attr-defined]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockRunner:
         new = copy.copy(self)
-        new.ended = _nothing
+        new.ended = nothing
         new.variants = {key: [v.twin() for v in variants] for key, variants in self.variants.items()}
         return new
 
@@ -103,9 +104,24 @@ class BlockRunner:
         if variant not in own:
             own.append(variant)
         result = self._passed_on(block, variant, number, (args, kwargs), result)
+        self._mind_order(call, (*args, *kwargs.values()), result)
         if number and number == len(self.calls) - 1 and isinstance(result, torch.Tensor) and not self.plan.shared:
             self.ended = weakref.ref(result)
         return result
+
+    def _mind_order(self, call: CallPlan, given: tuple[Any, ...], result: Any) -> None:
+        """Say so where streams that ended in the last block of a trunk begin anew in another of its blocks."""
+        if not _begins_all(call):
+            ended = self.captures.ended()
+            if ended is not None and not self.out_of_order and any([value is ended for value in given]):
+                self.out_of_order = True
+                log.warning(
+                    "%s comes after the last block of its trunk, where streams are read out, and not before it as in "
+                    "the example inputs: streams begin anew in it",
+                    self.plan.path,
+                )
+            if not call.leaves and isinstance(result, torch.Tensor):
+                self.captures.ended = weakref.ref(result)
 
     def _passed_on(self, block: nn.Module, variant: Variant, number: int, given: Any, result: Any) -> Any:
         """Return what a call gives that may have done without its residuals, and given back what it was given.
@@ -402,10 +418,6 @@ def refuse_reentrant(block: nn.Module) -> None:
 
 
 _REENTRANT = torch.utils.checkpoint.CheckpointFunction.forward.__code__
-
-
-def _nothing() -> None:
-    return None
 
 
 def _kind(value: Any) -> Any:

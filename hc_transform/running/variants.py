@@ -91,12 +91,18 @@ def _variant(rows: list[tuple[Any, ...]], state: PythonState, left_out: tuple[st
     return Variant(unflatten_graph(rows), state, left_out)
 
 
+def nothing() -> None:
+    """Stand for a weak reference to nothing."""
+    return None
+
+
 class Captures:
     """The graphs of a model's blocks, for those that are alike to share."""
 
     def __init__(self) -> None:
         self._made: dict[Hashable, list[Variant]] = {}
         self.watch = FrozenWatch()
+        self.ended: Callable[[], Any] = nothing  # what the last block of a trunk gave, read out
 
     def __reduce__(self) -> Any:
         return Captures, ()
