@@ -33,7 +33,7 @@ from .residuals.observation import Observation, observe, observe_unrun
 from .residuals.planner import Plan
 from .running.graph_model import HyperConnectedModule
 from .threads import one_at_a_time, uncompiled
-from .verification.verify import not_equivalent, run_like, tolerance_of
+from .verification.verify import Ran, not_equivalent, run_whole, tolerance_of
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -238,7 +238,7 @@ def _converted(model: Any, args: Any, kwargs: Any, request: Request) -> tuple[nn
             if full is None:
                 made = _convert(model, example, observed, request)
             else:
-                made = _convert_in_full(model, full, example, observed.outputs, request)
+                made = _convert_in_full(model, full, example, observed.ran, request)
         if note:
             report: Any = made[0].hc_report
             made[0].__dict__["hc_report"] = replace(report, notes=(*report.notes, note))
@@ -275,8 +275,8 @@ def _observed(model: nn.Module, example: Example, request: Request) -> tuple[Obs
         if recorded is not None and plain is None:
             note = f"{name} itself fails without gradients: it was run with them."
         elif recorded is not None and plain is not None:
-            found = compare(recorded[0], plain[0])
-            if not found.error <= tolerance_of(plain[0], model):
+            found = compare(recorded.outputs, plain.outputs)
+            if not found.error <= tolerance_of(plain.outputs, model):
                 note = (
                     f"Without gradients {name} itself gives other outputs, by {found.error:.1e} (relative): it was run "
                     "with them, as convert was called."
@@ -288,13 +288,13 @@ def _observed(model: nn.Module, example: Example, request: Request) -> tuple[Obs
             "Give inputs with args= and kwargs= that the model runs on."
         ) from failure
     with runs_with_gradients(bool(note)):
-        return replace(observe(model, *example, request.hints), outputs=plain[0]), note
+        return replace(observe(model, *example, request.hints), ran=plain), note
 
 
-def _outputs(model: nn.Module, example: Example) -> tuple[tuple[Any] | None, Exception | None]:
-    """Return what a model gives, in a tuple; or None, and how it fails."""
+def _outputs(model: nn.Module, example: Example) -> tuple[Ran | None, Exception | None]:
+    """Return what a model gives; or None, and how it fails."""
     try:
-        return (run_like(model, *example),), None
+        return run_whole(model, *example), None
     except NEVER_HIDDEN:
         raise
     except Exception as failure:  # noqa: BLE001  # whatever the user's code raises
@@ -352,7 +352,7 @@ def own_interface(model: nn.Module) -> list[str]:
 
 
 def _convert_in_full(
-    model: nn.Module, full: tuple[nn.Module, Observation], example: Example, expected: Any, request: Request
+    model: nn.Module, full: tuple[nn.Module, Observation], example: Example, expected: Ran, request: Request
 ) -> tuple[nn.Module, Plan]:
     """Convert a model in training mode that leaves residuals out at random: with all that it has in eval mode."""
     modes = {path: module.training for path, module in model.named_modules()}
@@ -363,8 +363,9 @@ def _convert_in_full(
     if isinstance(converted, HyperConnectedModule):
         note += trace_mode(converted, *example)
     if request.verify:
-        found = compare(run_like(converted, *example), expected, dtypes=request.options.readout != "sum")
-        bound = tolerance_of(expected, model)
+        ran = run_whole(converted, *example)
+        found = compare(ran.outputs, expected.outputs, dtypes=request.options.readout != "sum")
+        bound = tolerance_of(expected.outputs, model)
         if not found.error <= bound and request.options.readout != "sum":
             raise not_equivalent(model, found, bound, "the modes differ")
         note += f" Largest relative error in the given mode: {found.error:.1e}."

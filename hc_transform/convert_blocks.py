@@ -133,7 +133,7 @@ def convert_blocks(
     tape = observed.tape
     if request.verify and tape is not None:
         seen = Seen(plan, tape.graph_module, tape.named_inputs, modules, tape)
-        found = verify(model, converted, seen, *example, expected=observed.outputs)
+        found = verify(model, converted, seen, *example, expected=observed.ran)
         error = found.error
         notes.append(found.note)
     reason = f"because {why.rstrip('.')}" if why else "as asked"

@@ -47,7 +47,7 @@ def convert_graph(
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
     elif request.verify:
         seen = _seen(analysis, converted, observed.tape)
-        found = verify(model, converted, seen, *example, expected=observed.outputs)
+        found = verify(model, converted, seen, *example, expected=observed.ran)
         error = found.error
         notes.insert(0, found.note)
     others = other_parameters(modules.values(), connections)

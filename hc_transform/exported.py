@@ -20,7 +20,7 @@ from .residuals.report import has_nothing, nothing_to_convert, report_of
 from .residuals.unused import without_unused
 from .rewriting.new_modules import make_connections, new_modules, other_parameters
 from .rewriting.rewrite import rewrite
-from .verification.verify import run_like, verify
+from .verification.verify import run_whole, verify
 
 BAKED = (
     "The graph is what torch.export or Dynamo made of the model: its mode (training or eval) and its decisions are as "
@@ -95,7 +95,7 @@ def convert_exported(program: Any, example: Example | None, request: Request) ->
         notes.insert(0, "Not verified: there are no example inputs. Give them with args= to compare the outputs.")
     elif request.verify:
         try:
-            expected = run_like(original, *example)
+            expected = run_whole(original, *example)
         except NEVER_HIDDEN:
             raise
         except Exception as failure:

@@ -616,3 +616,21 @@ def test_blocks_in_another_order_say_so(caplog: pytest.LogCaptureFixture) -> Non
     hc.train()
     assert error(hc(x), model.train()(x)) <= 1e-5
     assert "blocks.1 comes after the last block of its trunk" in caplog.text
+
+
+def test_write_that_is_lost_is_not_equivalent(monkeypatch: pytest.MonkeyPatch) -> None:
+    from hc_transform import convert_graph
+
+    verify = convert_graph.verify
+
+    def without_the_write(original: nn.Module, converted: Any, *args: Any, **kwargs: Any) -> Any:
+        for node in [n for n in converted.graph.nodes if n.target == "append"]:
+            converted.graph.erase_node(node)
+        converted.recompile()
+        return verify(original, converted, *args, **kwargs)
+
+    x = values(2, D)
+    assert hct.convert(Logged(), args=(x, []), scope="graph").hc_report.max_error <= 1e-5
+    monkeypatch.setattr(convert_graph, "verify", without_the_write)
+    with pytest.raises(hct.NotEquivalent, match="writes something else into its inputs"):
+        hct.convert(Logged(), args=(x, []), scope="graph")

@@ -26,8 +26,8 @@ class Observation:
         tape: the run that this was recorded from; None if nothing was run.
         hidden: verdicts on modules that were not seen into.
         refused: modules that stay whole in any graph, with the reason.
-        outputs: of the model on the example inputs; None if they are not known. What records a run may keep torch from
-            its fast paths, which round otherwise.
+        ran: the model on the example inputs; None if it was not. What records a run may keep torch from its fast
+            paths, which round otherwise.
     """
 
     graph_module: fx.GraphModule
@@ -35,7 +35,7 @@ class Observation:
     tape: Tape | None
     hidden: tuple[Skipped, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
-    outputs: Any = None
+    ran: Any = None
 
     @property
     def asks_layout(self) -> bool:

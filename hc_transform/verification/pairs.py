@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -37,15 +37,28 @@ DECIDES = "the model decides on values of tensors, which other streams change"
 log = logging.getLogger("hc_transform")
 
 
-def run_like(model: nn.Module, args: Any, kwargs: Any, forward: Callable[..., Any] | None = None) -> Any:
-    """Return the model's outputs on copies of the inputs, with all random generators seeded.
+class Ran(NamedTuple):
+    """What a run of a model gave, and its inputs as it left them: it may fill a list or a cache that it is given."""
+
+    outputs: Any
+    inputs: Any
+
+
+def run_whole(model: nn.Module, args: Any, kwargs: Any, forward: Callable[..., Any] | None = None) -> Ran:
+    """Run the model on copies of the inputs, with all random generators seeded.
 
     The state of the model and of the generators (torch's, Python's, numpy's) is put back after.
     """
     with state_restored(model, whole=True), shared_state_restored(model), grad_mode_of_runs():
         seed_generators()
-        outputs = (forward or model)(*copy_inputs(tuple(args)), **copy_inputs(dict(kwargs)))
-    return pytree.tree_map(_detached, outputs, is_leaf=is_trunk_value)
+        given = copy_inputs(tuple(args)), copy_inputs(dict(kwargs))
+        outputs = (forward or model)(*given[0], **given[1])
+    return Ran(pytree.tree_map(_detached, outputs, is_leaf=is_trunk_value), given)
+
+
+def run_like(model: nn.Module, args: Any, kwargs: Any, forward: Callable[..., Any] | None = None) -> Any:
+    """Return the outputs of :func:`run_whole`."""
+    return run_whole(model, args, kwargs, forward).outputs
 
 
 def _detached(value: Any) -> Any:

@@ -19,11 +19,11 @@ from ..residuals.keys import added_modules
 from ..residuals.planner import Plan
 from ..residuals.trunks import nest
 from ..threads import again_beside_threads
-from .pairs import DECIDES, Pair, Seen, judge_start, run_like, tolerance_of
+from .pairs import DECIDES, Pair, Ran, Seen, judge_start, run_like, run_whole, tolerance_of
 from .reference import separate
 from .rounding import OUTPUTS, Judgement, judge
 
-__all__ = ["Seen", "Verification", "relative_error", "run_like", "tolerance_of", "verify"]
+__all__ = ["Ran", "Seen", "Verification", "relative_error", "run_like", "run_whole", "tolerance_of", "verify"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def verify(
     plan: Plan | Seen,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    expected: Any = None,
+    expected: Ran | None = None,
 ) -> Verification:
     """Compare a converted model with its original on the example inputs.
 
@@ -87,21 +87,22 @@ def verify(
         original, converted: the models.
         plan: what was converted, on a graph of the original's code; or another graph of it that says what streams are.
         args, kwargs: the example inputs.
-        expected: what :func:`run_like` returns for the original, if that is known.
+        expected: what :func:`run_whole` returns for the original, if that is known.
 
     Raises:
         NotEquivalent: an error is above the bound of the dtype. Names the first residual after
-            which the values differ.
+            which the values differ. Or what the model writes into its inputs is not what the original does.
         HCTransformError: the reference itself, or the converted model with separated streams, fails.
     """
     if expected is None:
-        expected = run_like(original, args, kwargs)
+        expected = run_whole(original, args, kwargs)
     seen = plan if isinstance(plan, Seen) else _seen_in(plan, original, converted, args, kwargs)
     plan = seen.plan
     start, judged, apart = Judgement(), Judgement(), not_covered(plan)
-    bound = tolerance_of(expected, original)
+    bound = tolerance_of(expected.outputs, original)
     with without_stream_dropout(converted):
-        found = outputs_compared(converted, plan, args, kwargs, expected)
+        ran = run_whole(converted, args, kwargs)
+        found = compare(ran.outputs, expected.outputs, dtypes=plan.options.readout != "sum")
         wrong = is_wrong(found, bound, plan)
         covered = bool(plan.residuals) and not apart
         if covered:
@@ -122,6 +123,7 @@ def verify(
             f"{where or 'no residual differs by itself'}. Leave that residual out with exclude=[...], or report the "
             "model."
         )
+    refuse_other_writes(original, ran.inputs, expected.inputs, bound, plan)
     return result_of(found, plan, apart, start, judged.explained)
 
 
@@ -155,11 +157,15 @@ def _compared_apart(pair: Pair) -> tuple[Judgement, str]:
     return judged, judged.unclear
 
 
-def outputs_compared(
-    converted: nn.Module, plan: Plan, args: tuple[Any, ...], kwargs: Mapping[str, Any], expected: Any
-) -> Comparison:
-    """Return how the outputs of the converted model compare with the original's."""
-    return compare(run_like(converted, args, kwargs), expected, dtypes=plan.options.readout != "sum")
+def refuse_other_writes(original: nn.Module, left: Any, expected: Any, bound: float, plan: Plan) -> None:
+    """Raise NotEquivalent if a model leaves its inputs otherwise than the original does."""
+    found = compare(left, expected)
+    if not found.error <= 10 * bound and plan.options.readout != "sum":  # a write that is lost differs by far more
+        raise NotEquivalent(
+            f"the converted {type(original).__name__} writes something else into its inputs than the original does (by "
+            f"{found.error:.1e}, in (args, kwargs){found.where}). Keep the module that does whole with "
+            "leaf_modules=[...], or report the model."
+        )
 
 
 def is_wrong(found: Comparison, bound: float, plan: Plan) -> bool:
