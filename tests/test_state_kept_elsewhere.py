@@ -228,7 +228,8 @@ def test_code_that_keeps_a_state_in_no_module_stays_python(scale: Callable[[Any]
     model = nn.Sequential(Plain(), Shares(scale, counter()), Plain())
     kept += model[1].count.__closure__
     hc = checked(model, scope, 2, begin_anew)
-    assert "which a graph would not" in str(hc.hc_report)
+    reason = "values of a tensor as Python numbers" if scale is tensor_of_a_class else "which a graph would not"
+    assert reason in " ".join(str(hc.hc_report).split())
 
 
 @pytest.mark.parametrize("scope", SCOPES)
