@@ -482,6 +482,22 @@ def test_train_that_the_class_overrides(scope: str) -> None:
     assert error(hc(x), model.train()(x)) <= 1e-5
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_loading_that_the_class_overrides(scope: str) -> None:
+    class Versioned(Stack):
+        _version = 2
+
+        def _load_from_state_dict(self, state_dict: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+            assert metadata["version"] == 2
+            super()._load_from_state_dict(state_dict, prefix, metadata, *rest)
+
+    model, x = Versioned(Cell(), Cell()), values(2, D)
+    hc = hct.convert(model, args=(x,), scope=scope)
+    for made in (hc, copy.deepcopy(hc)):
+        made.load_state_dict(hc.state_dict())
+        made.load_state_dict(model.state_dict(), strict=False)
+
+
 def test_call_that_the_class_overrides_keeps_the_model() -> None:
     class Doubled(Stack):
         def __call__(self, x: Tensor) -> Tensor:

@@ -145,9 +145,9 @@ _vit_pytorch("simple_vit", "SimpleViT", lambda c: 2 * c("Attention"), **_PLAIN)
 _vit_pytorch("simple_vit_with_register_tokens", "SimpleViT", lambda c: 2 * c("Attention"), **_PLAIN)
 _vit_pytorch("parallel_vit", "ViT", lambda c: c("Parallel"), **_PLAIN)  # sum([f(x), g(x)]) + x is one
 _vit_pytorch("vit_with_keel_post_ln", "ViT", lambda c: 2 * c("Attention"), **_PLAIN)  # out + residual * scale
-# the first skip of the class transformer is the class token, a parameter that is the same for every input
-_vit_pytorch("cait", "CaiT", lambda c: 2 * c("Attention") - 1, cls_depth=2, **_PLAIN)
-_vit_pytorch("xcit", "XCiT", lambda c: 3 * c("XCAttention") + 2 * c("Attention") - 1, cls_depth=1, **_PLAIN)  # the same
+# the first skip of the class transformer is the class token, a parameter, which attends to the image
+_vit_pytorch("cait", "CaiT", lambda c: 2 * c("Attention"), cls_depth=2, **_PLAIN)
+_vit_pytorch("xcit", "XCiT", lambda c: 3 * c("XCAttention") + 2 * c("Attention"), cls_depth=1, **_PLAIN)  # the same
 _vit_pytorch(
     "cct",
     "CCT",

@@ -319,6 +319,7 @@ def _keep_overridden(model: HyperConnectedModule) -> None:
 
         return method
 
+    type(model)._version = type(model.__dict__["_original"])._version  # which loading of old checkpoints asks for
     for name in overridden(type(model.__dict__["_original"])):
         setattr(type(model), name, method_of(name))
 
