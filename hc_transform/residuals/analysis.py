@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -175,6 +175,7 @@ def analyse_again(  # noqa: PLR0913  # what the first trace knew
     change: object = None,
     observed: frozenset[str] = frozenset(),
     loose: bool = False,
+    listed: Collection[tuple[str, str]] = (),
 ) -> Analysis:
     """Trace a model once more for a call of another kind, and plan the residuals that were converted.
 
@@ -186,13 +187,15 @@ def analyse_again(  # noqa: PLR0913  # what the first trace knew
         known: what all residuals of the first trace are known by.
         change: what this call decides otherwise.
         observed, loose: see :func:`hc_transform.capture.trace.trace`.
+        listed: modules and lines of adds that are none in the model, which may be residuals for all that this sees.
 
     Raises:
         TraceError: a residual that was converted cannot be told, or there are new ones.
     """
     traced = trace(model, inputs, inline=inline, hints=hints, observed=observed, loose=loose)
     findings = find_residuals(traced.graph_module)
-    selected, missing, extra = recognised(findings, known)
+    selected, missing, new = recognised(findings, known)
+    extra = [residual for residual in new if (residual.module, residual.location) not in listed]
     for identity in missing:
         why = stayed_whole(identity, traced.opaque) or hidden_by(identity, findings, extra)
         refuse_hidden(identity, why, change)

@@ -63,6 +63,7 @@ class BlockPlan:
         keys: paths of its connections below it, by the names that their residuals have below it.
         shared: whether all calls use the connections of the first one.
         counted: whether streams count the blocks that they pass, for blocks that are called several times.
+        listed: the modules below it and the lines of adds that are none, as one of a constant, which it cannot see.
     """
 
     path: str
@@ -71,6 +72,7 @@ class BlockPlan:
     keys: Mapping[str, str]
     shared: bool = False
     counted: bool = False
+    listed: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def ends(self) -> dict[str, tuple[str, str]]:
@@ -495,7 +497,13 @@ def _blocks(  # noqa: C901  # one table of each block
         for residual in (r for call in calls for r in residuals[call]):
             nodes += (residual.add, *residual.absorbed, *residual.skip_ops)
         scopes = scopes_of(nodes, (r for call in calls for r in residuals[call]), path)
-        blocks.append(BlockPlan(path, scopes, tuple(plans), keys, shared))
+        within_it = f"{path}." if path else ""
+        listed = frozenset(
+            (relative_path(s.module, path), s.location)
+            for s in found.skipped
+            if s.module == path or s.module.startswith(within_it)
+        )
+        blocks.append(BlockPlan(path, scopes, tuple(plans), keys, shared, listed=listed))
     counted = any(len({call.step for call in block.calls}) > 1 for block in blocks)
     return tuple(replace(block, counted=counted) for block in blocks), notes
 

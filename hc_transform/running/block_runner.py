@@ -268,6 +268,7 @@ class BlockRunner:
                 change,
                 self._observed(block),
                 loose=True,
+                listed=self.plan.listed,
             )
         gm, left_out = analysis.trace.graph_module, analysis.left_out
         plan = replace(analysis.plan, trunks=regrouped(analysis.plan.residuals, call.trunks, Kinds(gm)))
