@@ -111,8 +111,10 @@ class BlockRunner:
 
     def _mind_order(self, call: CallPlan, given: tuple[Any, ...], result: Any) -> None:
         """Say so where streams that ended in the last block of a trunk begin anew in another of its blocks."""
-        if not _begins_all(call):
-            ended = self.captures.ended()
+        for index, own in enumerate(call.trunks):
+            if own <= call.begins:  # or has no part in it
+                continue
+            ended = self.captures.ended.get(index, nothing)()
             if ended is not None and not self.out_of_order and any([value is ended for value in given]):
                 self.out_of_order = True
                 log.warning(
@@ -120,8 +122,8 @@ class BlockRunner:
                     "the example inputs: streams begin anew in it",
                     self.plan.path,
                 )
-            if not call.leaves and isinstance(result, torch.Tensor):
-                self.captures.ended = weakref.ref(result)
+            if own.isdisjoint(call.leaves) and isinstance(result, torch.Tensor):
+                self.captures.ended[index] = weakref.ref(result)
 
     def _passed_on(self, block: nn.Module, variant: Variant, number: int, given: Any, result: Any) -> Any:
         """Return what a call gives that may have done without its residuals, and given back what it was given.

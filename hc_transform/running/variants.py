@@ -102,7 +102,7 @@ class Captures:
     def __init__(self) -> None:
         self._made: dict[Hashable, list[Variant]] = {}
         self.watch = FrozenWatch()
-        self.ended: Callable[[], Any] = nothing  # what the last block of a trunk gave, read out
+        self.ended: dict[int, Callable[[], Any]] = {}  # what the last block of each trunk gave, read out
 
     def __reduce__(self) -> Any:
         return Captures, ()
